@@ -1,0 +1,117 @@
+"""What came out: a table, a picture and a summary of the runs of one folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from runs import read_metrics
+
+ADAPTIVE = "oblr-po"
+LABELS = {"oblr-po": "OBLR-PO", "grpo": "GRPO", "rloo": "RLOO", "reinforce": "REINFORCE"}
+COLOURS = {"oblr-po": "#c1121f", "grpo": "#1d3557", "rloo": "#2a9d8f", "reinforce": "#8d99ae"}
+PANELS = {"reward": "reward", "lr": "learning rate", "snr": "batch SNR  S / V", "gradient_norm": "gradient norm"}
+WINDOW = 20  # steps: what "final" means, and over how many a curve is smoothed
+
+Curves = dict[str, np.ndarray]  # metric -> [seeds, steps]
+
+
+def report(out: Path, folders: Mapping[str, Sequence[Path]], console: Console) -> None:
+    """Print the table of all methods that have a finished step, and write ``summary.json`` and ``curves.png``."""
+    methods = {name: curves for name, runs in folders.items() if (curves := load(runs))}
+    if not methods:
+        console.print("Nothing to report: no step was finished.")
+        return
+    summary = {name: summarise(curves) for name, curves in methods.items()}
+    constant = [entry["final_reward"] for name, entry in summary.items() if name != ADAPTIVE]
+    for name, curves in methods.items():
+        summary[name]["steps_to_best_constant"] = steps_to(max(constant), curves) if constant else None
+    (out / "summary.json").write_text(json.dumps({"methods": summary}, indent=2) + "\n")
+    draw(methods, out / "curves.png")
+    console.print(table(summary))
+    console.print(f"{out / 'summary.json'}\n{out / 'curves.png'}", soft_wrap=True)
+
+
+def load(runs: Sequence[Path]) -> Curves | None:
+    """Every metric of a method's runs, cut to the steps that all of them have."""
+    rows = [run for folder in runs if (run := read_metrics(folder))]
+    if not rows:
+        return None
+    steps = min(len(run) for run in rows)
+    return {name: np.array([[row[name] for row in run[:steps]] for run in rows]) for name in rows[0][0]}
+
+
+def summarise(curves: Curves) -> dict[str, float | int | None]:
+    final = curves["reward"][:, -WINDOW:].mean(1)
+    norms = curves["gradient_norm"]
+    return {
+        "final_reward": float(final.mean()),
+        "final_reward_std": float(final.std(ddof=1)) if len(final) > 1 else 0.0,
+        "seeds": len(final),
+        "steps": curves["reward"].shape[1],
+        "gradient_norm_spread": float((norms.std(1) / norms.mean(1)).mean()),
+        "seconds_per_step": float(np.median(curves["seconds"])),
+    }
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Mean over the last ``WINDOW`` steps, fewer at the start; ``[seeds, steps]`` like the input."""
+    ends = np.arange(1, values.shape[1] + 1)
+    starts = np.maximum(ends - WINDOW, 0)
+    windows = [values[:, start:end] for start, end in zip(starts, ends, strict=True)]
+    return np.stack([np.nanmean(window, axis=1) if np.isfinite(window).any() else window[:, -1] for window in windows], axis=1)
+
+
+def steps_to(reward: float, curves: Curves) -> int | None:
+    """First step at which the reward, smoothed and averaged over seeds, is there."""
+    reached = np.flatnonzero(smoothed(curves["reward"]).mean(0) >= reward - 1e-9)
+    return int(reached[0]) + 1 if len(reached) else None
+
+
+def table(summary: Mapping[str, Mapping[str, float | int | None]]) -> Table:
+    grid = Table(title=f"Final reward: mean of the last {WINDOW} steps, ± standard deviation over seeds")
+    grid.add_column("method")
+    for column in ("final reward", "seeds", "steps to best\nconstant lr", "gradient norm\nstd / mean", "s / step"):
+        grid.add_column(column, justify="right")
+    for name, entry in summary.items():
+        grid.add_row(
+            LABELS[name],
+            f"{entry['final_reward']:.3f} ± {entry['final_reward_std']:.3f}",
+            str(entry["seeds"]),
+            str(entry["steps_to_best_constant"] or "never"),
+            f"{entry['gradient_norm_spread']:.2f}",
+            f"{entry['seconds_per_step']:.2f}",
+        )
+    return grid
+
+
+def draw(methods: Mapping[str, Curves], path: Path) -> None:
+    """Reward, lr, SNR and gradient norm of all methods: the mean over seeds, and their spread."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+    for axis, (metric, label) in zip(axes.flat, PANELS.items(), strict=True):
+        for name, curves in methods.items():
+            lines = curves[metric] if metric == "lr" else smoothed(curves[metric])
+            steps = np.arange(1, lines.shape[1] + 1)
+            axis.plot(steps, lines.mean(0), color=COLOURS[name], label=LABELS[name], lw=1.8)
+            axis.fill_between(steps, lines.min(0), lines.max(0), color=COLOURS[name], alpha=0.15, lw=0)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 1].set_yscale("log")
+    axes[1, 1].set_yscale("log")
+    axes[1, 0].axhline(0, color="black", lw=0.6)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    axes[0, 0].legend(frameon=False)
+    figure.suptitle(f"Mean over seeds, band from lowest to highest; smoothed over {WINDOW} steps (lr: as it was)", fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,116 @@
+"""Moments from gradient accumulation in one process: every micro-batch is a sub-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from snr_optim.moments import GradientMoments
+
+
+class AccumulationSource:
+    r"""Catches the squared norm of each micro-batch gradient on its way into ``.grad``.
+
+    Micro-batch ``k`` adds ``h_k = c_k g_k`` to ``.grad``, ``c_k`` its share of the batch, so that ``.grad``
+    ends as ``g_hat = sum_k c_k g_k``. Leaf hooks see ``h_k`` whole, once per backward, tied weights included,
+    and no gradient is kept:
+
+    .. math::
+        \sum_k c_k \|g_k\|^2 = \sum_k \|h_k\|^2 / c_k
+
+    The unit is the prompt: put all sequences of a prompt into the same micro-batch.
+
+    Args:
+        model: its parameters that require grad now are watched; no change to model or loss.
+
+    Raises:
+        ValueError: the model has no parameter that requires grad.
+        RuntimeError: parameters are sharded (DTensor), or several processes share the gradient, where
+            ``.grad`` and the hooks would speak of different batches.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> source = AccumulationSource(model)
+        >>> for x in (3.0, 1.0):
+        ...     with source.sub_batch(share=1 / 2):
+        ...         (model(torch.tensor([[x]])).sum() / 2).backward()
+        >>> source.moments()
+        GradientMoments(sq_norm_of_mean=tensor(4.), mean_of_sq_norms=tensor(5.), num=2)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self._parameters:
+            raise ValueError("model: expected at least one parameter with requires_grad")
+        if any(hasattr(p, "placements") for p in self._parameters):
+            raise RuntimeError("model: sharded (DTensor) parameters are not supported by AccumulationSource")
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise RuntimeError("AccumulationSource measures one process, but torch.distributed runs several")
+        self._recording: list[Tensor] | None = None
+        self._scaled_sq_norms: list[Tensor] = []
+        self._shares: list[float] = []
+        self._handles = [p.register_hook(self._record) for p in self._parameters]
+
+    @contextmanager
+    def sub_batch(self, share: float) -> Iterator[None]:
+        """The backward pass, or passes, of one micro-batch.
+
+        Args:
+            share: ``c_k``, this micro-batch's share of the batch, by which its mean loss is scaled. Shares of a
+                batch sum to 1.
+
+        Raises:
+            ValueError: ``share`` is not in ``(0, 1]``.
+            RuntimeError: sub-batches are nested, or no gradient reached the parameters inside.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share: expected a number in (0, 1], got {share!r}")
+        if self._recording is not None:
+            raise RuntimeError("sub_batch: the previous sub-batch is still open")
+        self._recording = []
+        try:
+            yield
+            if not self._recording:
+                raise RuntimeError("sub_batch: no gradient reached the model's parameters; was backward() called?")
+            self._scaled_sq_norms.append(torch.stack(self._recording).sum() / share)
+            self._shares.append(share)
+        finally:
+            self._recording = None
+
+    @torch.no_grad()
+    def moments(self) -> GradientMoments:
+        """Moments of the batch accumulated since the last call; starts the next batch.
+
+        Call it after the last backward and before anything changes ``.grad``: clipping, unscaling, the
+        optimizer. Waits for no device.
+
+        Raises:
+            RuntimeError: no sub-batch was recorded, or the shares do not sum to 1. The batch is dropped.
+        """
+        sq_norms, shares = self._scaled_sq_norms, self._shares
+        self._scaled_sq_norms, self._shares = [], []
+        if not shares:
+            raise RuntimeError("moments: no sub-batch was recorded")
+        if abs(sum(shares) - 1) > 1e-6:
+            raise RuntimeError(f"moments: the shares of the sub-batches sum to {sum(shares):.6g}, not 1")
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        sq_norm_of_mean = torch.stack([_sq_norm(g) for g in gradients]).sum()
+        return GradientMoments(sq_norm_of_mean, torch.stack(sq_norms).sum(), len(shares))
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _record(self, gradient: Tensor) -> None:
+        if self._recording is not None:
+            self._recording.append(_sq_norm(gradient))
+
+
+def _sq_norm(gradient: Tensor) -> Tensor:
+    exact = torch.promote_types(gradient.dtype, torch.float32)
+    return torch.linalg.vector_norm(gradient.detach(), dtype=exact).square()
