@@ -43,7 +43,9 @@ def main() -> None:
         "steps": args.steps,
         "seeds": args.seeds,
         "final_reward": {
-            method: {f"{lr:g}": [row[method]["final_reward"], row[method]["final_reward_std"]] for lr, row in rows.items()}
+            method: {
+                f"{lr:g}": [row[method]["final_reward"], row[method]["final_reward_std"]] for lr, row in rows.items()
+            }
             for method in METHODS
         },
     }
@@ -57,7 +59,14 @@ def main() -> None:
 def run(lr: float, args: argparse.Namespace) -> dict[str, Any]:
     """All methods at one learning rate: the summary that the example writes."""
     out = args.out / f"{lr:g}"
-    options = {"--method": METHODS, "--seeds": args.seeds, "--lr": [lr], "--steps": [args.steps], "--jobs": [args.jobs], "--out": [out]}
+    options = {
+        "--method": METHODS,
+        "--seeds": args.seeds,
+        "--lr": [lr],
+        "--steps": [args.steps],
+        "--jobs": [args.jobs],
+        "--out": [out],
+    }
     words = [str(word) for name, values in options.items() for word in (name, *values)]
     subprocess.run([sys.executable, str(EXAMPLE), *words], check=True)
     methods: dict[str, Any] = json.loads((out / "summary.json").read_text())["methods"]

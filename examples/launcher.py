@@ -1,4 +1,4 @@
-"""Many runs at once: in processes of their own, each with a progress bar; Ctrl-C stops them all and keeps what was done."""
+"""Many runs at once, in processes of their own: progress bars, and Ctrl-C that stops all and keeps what was done."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from runs import OnRow, Row, interruptible, stop_requested
 
 
 class Job(Protocol):
     """Something to run that takes a while: picklable, so that it can run in another process."""
 
-    name: str
-    total: int
+    @property
+    def name(self) -> str:
+        """What the progress bar says."""
+
+    @property
+    def total(self) -> int:
+        """Steps to do."""
 
     def __call__(self, on_row: OnRow) -> None: ...
 

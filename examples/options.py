@@ -27,7 +27,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=int, default=32, help="prompts per step")
     add("--group-size", type=int, default=8, help="sampled outputs per prompt")
     add("--micro-batches", type=int, default=8, help="backward passes per step, the sub-batches of the noise estimate")
-    add("--lr", type=float, help="constant learning rate, or ceiling of OBLR-PO (default: the best found for each method)")
+    add(
+        "--lr",
+        type=float,
+        help="constant learning rate, or ceiling of OBLR-PO (default: the best found for each method)",
+    )
     add("--optimizer", choices=("adamw", "sgd"), default="adamw")
     add("--scope", choices=("group", "batch", "shrink"), default="shrink", help="of the baseline of oblr-po")
     add("--weights", choices=("exact", "logit", "none"), default="exact", help="gradient norms in that baseline")

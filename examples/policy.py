@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
-
 from arithmetic import Problem, character_tokenizer, problems
 from runs import OnRow, stop_requested
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
 from snr_optim import logit_grad_norms, per_sample_grad_norms_func
 from snr_optim.kernels.logprob_stats import logprob_stats
 
@@ -38,7 +45,9 @@ def local_model(path: str, device: str) -> Policy:
     return model.to(device), tokenizer
 
 
-def warm_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int, on_row: OnRow) -> bool:
+def warm_start(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int, on_row: OnRow
+) -> bool:
     """Supervised training on solved problems, up to a middling pass rate; ``False`` if it was interrupted."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
@@ -60,10 +69,16 @@ def warm_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, steps
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[Problem], group_size: int, max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[Problem],
+    group_size: int,
+    max_new_tokens: int,
 ) -> tuple[Rollout, list[str]]:
     """``group_size`` sampled outputs per problem, neighbours in the batch: the rollout, and the outputs as text."""
-    prompts = tokenizer([problem.prompt for problem in batch for _ in range(group_size)], padding=True, return_tensors="pt")
+    prompts = tokenizer(
+        [problem.prompt for problem in batch for _ in range(group_size)], padding=True, return_tensors="pt"
+    )
     prompts = prompts.to(model.device)
     ids = model.generate(
         input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], do_sample=True, temperature=1.0,
@@ -97,7 +112,9 @@ def sequence_log_probs(model: Any, rollout: Rollout) -> Tensor:
 def baseline_weights(kind: str, model: PreTrainedModel, rollout: Rollout) -> Tensor | None:
     """``w_i = ||grad log pi(o_i)||^2``: exact, by a stand-in that needs a forward pass only, or all alike."""
     if kind == "exact":
-        return per_sample_grad_norms_func(model, lambda model, one: sequence_log_probs(model, one).sum(), rollout, chunk_size=64)
+        return per_sample_grad_norms_func(
+            model, lambda model, one: sequence_log_probs(model, one).sum(), rollout, chunk_size=64
+        )
     if kind == "logit":
         with torch.no_grad():
             logits, tokens = completion_logits(model, rollout)

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from torch import Tensor, nn
-
 from arithmetic import is_correct, problems
-from policy import Policy, baseline_weights, local_model, sample, sequence_log_probs, tiny_qwen3, warm_start
 from launcher import run_all
 from options import parse_arguments
+from policy import Policy, baseline_weights, local_model, sample, sequence_log_probs, tiny_qwen3, warm_start
 from report import report
+from rich.console import Console
 from runs import OnRow, Run, save_atomically
+from torch import Tensor, nn
+
 from snr_optim import AccumulationSource, GradWeightedBaseline, SNRAdaptiveLR
 
 
@@ -121,8 +121,6 @@ def train(args: argparse.Namespace, method: Method, seed: int, run: Run) -> None
         run.checkpoint(step, model=model, optimizer=optimizer, scheduler=scheduler, baseline=baseline)
 
 
-
-
 def starting_policy(args: argparse.Namespace, seed: int) -> Policy:
     """The model that RL starts from: a local one as it is, or the small Qwen3 after its supervised warm start."""
     if args.model:
@@ -195,7 +193,11 @@ def main() -> None:
     jobs = [Training(args, method, seed) for seed in args.seeds for method in args.method]
     if all(args.model or warm_start_file(args, seed).exists() for seed in args.seeds):
         run_all(jobs, args.jobs, console)
-    report(args.out, {method: [args.out / f"{method}-seed-{seed}" for seed in args.seeds] for method in args.method}, console)
+    report(
+        args.out,
+        {method: [args.out / f"{method}-seed-{seed}" for seed in args.seeds] for method in args.method},
+        console,
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-
 from runs import read_metrics
 
 ADAPTIVE = "oblr-po"
@@ -32,7 +31,7 @@ def report(out: Path, folders: Mapping[str, Sequence[Path]], console: Console) -
         console.print("Nothing to report: no step was finished.")
         return
     summary = {name: summarise(curves) for name, curves in methods.items()}
-    constant = [entry["final_reward"] for name, entry in summary.items() if name != ADAPTIVE]
+    constant = [float(entry["final_reward"] or 0) for name, entry in summary.items() if name != ADAPTIVE]
     for name, curves in methods.items():
         summary[name]["steps_to_best_constant"] = steps_to(max(constant), curves) if constant else None
     (out / "summary.json").write_text(json.dumps({"methods": summary}, indent=2) + "\n")
@@ -68,7 +67,9 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     ends = np.arange(1, values.shape[1] + 1)
     starts = np.maximum(ends - WINDOW, 0)
     windows = [values[:, start:end] for start, end in zip(starts, ends, strict=True)]
-    return np.stack([np.nanmean(window, axis=1) if np.isfinite(window).any() else window[:, -1] for window in windows], axis=1)
+    return np.stack(
+        [np.nanmean(window, axis=1) if np.isfinite(window).any() else window[:, -1] for window in windows], axis=1
+    )
 
 
 def steps_to(reward: float, curves: Curves) -> int | None:
@@ -112,6 +113,8 @@ def draw(methods: Mapping[str, Curves], path: Path) -> None:
     for axis in axes[1]:
         axis.set_xlabel("step")
     axes[0, 0].legend(frameon=False)
-    figure.suptitle(f"Mean over seeds, band from lowest to highest; smoothed over {WINDOW} steps (lr: as it was)", fontsize=10)
+    figure.suptitle(
+        f"Mean over seeds, band from lowest to highest; smoothed over {WINDOW} steps (lr: as it was)", fontsize=10
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -27,9 +27,7 @@ class Run:
         every: steps between checkpoints; one is also written at the end and at Ctrl-C.
     """
 
-    def __init__(
-        self, folder: Path, settings: dict[str, Any], *, resume: bool, on_row: OnRow, every: int = 50
-    ) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool, on_row: OnRow, every: int = 50) -> None:
         self.folder, self.settings, self.on_row, self.every = folder, settings, on_row, every
         self.metrics, self.saved = folder / "metrics.jsonl", folder / "checkpoint.pt"
         self.last_step, self.stopped = 0, False

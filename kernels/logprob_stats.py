@@ -47,6 +47,7 @@ def logprob_stats(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> L
     Raises:
         TypeError: logits not floating, labels not integers.
         ValueError: shapes that disagree, a temperature that is not positive and finite.
+        RuntimeError: labels outside ``[0, V)``, from torch's own gather.
 
     Example:
         >>> stats = logprob_stats(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
@@ -66,7 +67,7 @@ def logprob_stats(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> L
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     index = labels.long().unsqueeze(-1)
     log_p = scaled.log_softmax(-1)
-    p = log_p.exp()
+    p = scaled.softmax(-1)  # not log_p.exp(): rounding log_p costs a decimal digit where p is small
     others = p.scatter(-1, index, 0.0)
     return LogprobStats(
         log_prob=log_p.gather(-1, index).squeeze(-1),

@@ -92,7 +92,8 @@ class GradWeightedBaseline(nn.Module):
 
     def advantages(self, rewards: Tensor, weights: Tensor | None = None, groups: int | Tensor | None = None) -> Tensor:
         """``rewards - baseline``; 0 where the reward is NaN. Arguments, errors and dtype as in :meth:`forward`."""
-        return torch.nan_to_num(rewards.detach() - self(rewards, weights, groups), nan=0.0)
+        b: Tensor = self(rewards, weights, groups)
+        return torch.nan_to_num(rewards.detach().to(b.dtype) - b, nan=0.0)
 
     def extra_repr(self) -> str:
         kappa = f", kappa={self.kappa}" if self.scope == "shrink" else ""
@@ -105,7 +106,8 @@ def gradient_weighted_baseline(
     """The formula of :class:`GradWeightedBaseline` on checked input.
 
     Args:
-        rewards, weights: ``[B, ...]`` of one shape; NaN rewards are left out.
+        rewards: ``[B, ...]``; NaN is left out.
+        weights: of the same shape.
         groups: partition of the ``B`` outputs.
         kappa: ``0`` for the group alone, ``inf`` for the other prompts alone.
         leave_one_out: ``False`` includes the output itself, and its prompt in the pool.
@@ -132,9 +134,7 @@ def gradient_weighted_baseline(
     return torch.where(w > 0, wr / w, equally_weighted).to(torch.promote_types(rewards.dtype, torch.float32))
 
 
-def _checked(
-    rewards: Tensor, weights: Tensor | None, groups: int | Tensor | None
-) -> tuple[Tensor, Tensor, Groups]:
+def _checked(rewards: Tensor, weights: Tensor | None, groups: int | Tensor | None) -> tuple[Tensor, Tensor, Groups]:
     if not isinstance(rewards, Tensor) or rewards.dim() == 0 or rewards.is_complex():
         raise TypeError(f"rewards: expected a real tensor [B] or [B, T], got {_described(rewards)}")
     rewards = rewards.detach()
@@ -145,9 +145,7 @@ def _checked(
     if not isinstance(weights, Tensor) or weights.is_complex():
         raise TypeError(f"weights: expected a real tensor like rewards, got {_described(weights)}")
     if weights.shape != rewards.shape:
-        raise ValueError(
-            f"weights: expected the shape of rewards, {list(rewards.shape)}, got {list(weights.shape)}"
-        )
+        raise ValueError(f"weights: expected the shape of rewards, {list(rewards.shape)}, got {list(weights.shape)}")
     weights = weights.detach().to(rewards.device)
     refused = ~(rewards.isnan() | ((weights >= 0) & ~weights.isinf()))
     if refused.any():

@@ -54,17 +54,13 @@ class Groups:
             if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
                 raise TypeError(f"groups: expected integer ids, got dtype {groups.dtype}")
             if groups.shape != (batch,):
-                raise ValueError(
-                    f"groups: expected one id per sequence, shape [{batch}], got {list(groups.shape)}"
-                )
+                raise ValueError(f"groups: expected one id per sequence, shape [{batch}], got {list(groups.shape)}")
             _, index, sizes = torch.unique(groups.to(device), return_inverse=True, return_counts=True)
             order = torch.argsort(index, stable=True)
             largest = int(sizes.max()) if batch else 0
         elif isinstance(groups, int) and not isinstance(groups, bool):
             if groups < 1 or batch % groups:
-                raise ValueError(
-                    f"groups: expected a positive size that divides the batch of {batch}, got {groups}"
-                )
+                raise ValueError(f"groups: expected a positive size that divides the batch of {batch}, got {groups}")
             order = torch.arange(batch, device=device)
             index = order // groups
             sizes = torch.full((batch // groups,), groups, device=device)

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 Number: TypeAlias = float | Tensor
 Gradient: TypeAlias = Tensor | Iterable[Tensor | None]
-N = TypeVar("N", float, Tensor)
 
 # How far mean_of_sq_norms may lie below sq_norm_of_mean before it is a mistake and not rounding: sums of
 # squares in float32 agree to 1e-6, a .grad that bfloat16 micro-batches were accumulated into to about 1e-3.
@@ -105,7 +104,9 @@ class GradientMoments:
         for column in zip(*flat, strict=True):
             present = [(c_k, g.detach().double()) for c_k, g in zip(c, column, strict=True) if g is not None]
             if len({g.shape for _, g in present}) > 1:
-                raise ValueError(f"gradients: expected one shape per parameter, got {[list(g.shape) for _, g in present]}")
+                raise ValueError(
+                    f"gradients: expected one shape per parameter, got {[list(g.shape) for _, g in present]}"
+                )
             if present:
                 mean_of_sq_norms += sum(c_k * g.square().sum().item() for c_k, g in present)
                 sq_norm_of_mean += torch.stack([c_k * g for c_k, g in present]).sum(0).square().sum().item()
@@ -114,7 +115,8 @@ class GradientMoments:
     @property
     def noise(self) -> Number:
         """``V_hat``, the trace of the covariance of the batch gradient; NaN when ``num`` is 1."""
-        return _noise(self.sq_norm_of_mean, self.mean_of_sq_norms, self.num)
+        noise: Number = _noise(self.sq_norm_of_mean, self.mean_of_sq_norms, self.num)
+        return noise
 
     @property
     def signal(self) -> Number:
@@ -229,7 +231,7 @@ class MomentAverages:
         return value.detach().to(self.weight.dtype)
 
 
-def _noise(sq_norm_of_mean: N, mean_of_sq_norms: N, num: int) -> N:
+def _noise(sq_norm_of_mean: Any, mean_of_sq_norms: Any, num: int) -> Any:
     if num == 1:
         return math.nan * sq_norm_of_mean
     return (mean_of_sq_norms - sq_norm_of_mean) / (num - 1)

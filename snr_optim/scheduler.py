@@ -22,7 +22,8 @@ class SNRAdaptiveLR(LRScheduler):
     r"""Scales every learning rate by the share of signal in the measured gradient.
 
     .. math::
-        \eta_t = \eta_{\max} \cdot \frac{S}{S + V}, \qquad S = \|\nabla J\|^2, \quad V = \operatorname{tr} \operatorname{Cov}(\hat g)
+        \eta_t = \eta_{\max} \cdot \frac{S}{S + V}, \qquad
+        S = \|\nabla J\|^2, \quad V = \operatorname{tr} \operatorname{Cov}(\hat g)
 
     This is theorem 4 of OBLR-PO (arXiv 2511.23310) with ``rho = N_t SNR_t = S / V``; the same form as
     ``eps_opt = eps_max / (1 + B_noise / B)`` of McCandlish et al. 2018 (arXiv 1812.06162, eq. 2.7), and the
@@ -191,8 +192,10 @@ class SNRAdaptiveLR(LRScheduler):
         if not self.adapt:
             return list(ceilings)
         factor = self._factor()
-        number = None if all(isinstance(lr, Tensor) for lr in ceilings) else factor.item()
-        return [lr * (factor.to(lr.device) if isinstance(lr, Tensor) else number) for lr in ceilings]
+        if all(isinstance(lr, Tensor) for lr in ceilings):
+            return [torch.as_tensor(lr) * factor.to(torch.as_tensor(lr).device) for lr in ceilings]  # waits for nothing
+        number = factor.item()
+        return [lr * number for lr in ceilings]
 
     def _update_lr(self, epoch: int | None = None) -> None:
         """What ``SequentialLR`` calls, instead of ``step()``, to hand over to this scheduler."""

@@ -55,7 +55,8 @@ def per_sample_grad_norms_func(
     sizes = {leaf.shape[:1] for leaf in leaves}
     if len(sizes) != 1 or sizes == {torch.Size()}:
         raise ValueError(
-            f"batch: expected tensors with one leading batch dimension, got shapes {[list(leaf.shape) for leaf in leaves]}"
+            "batch: expected tensors with one leading batch dimension, "
+            f"got shapes {[list(leaf.shape) for leaf in leaves]}"
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected a positive number of samples, got {chunk_size}")
@@ -64,7 +65,7 @@ def per_sample_grad_norms_func(
         raise ValueError("model: expected at least one parameter with requires_grad")
     exact = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
     if leaves[0].shape[0] == 0:
-        return leaves[0].new_zeros(0, dtype=exact)
+        return torch.zeros(0, dtype=exact, device=leaves[0].device)
 
     def sample_loss(trainable: dict[str, Tensor], sample: Any) -> Tensor:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -79,4 +80,5 @@ def per_sample_grad_norms_func(
         gradients = torch.func.grad(sample_loss)(parameters, sample)
         return torch.stack([g.to(exact).square().sum() for g in gradients.values()]).sum()
 
-    return torch.func.vmap(squared_norm, chunk_size=chunk_size)(batch)
+    norms: Tensor = torch.func.vmap(squared_norm, chunk_size=chunk_size)(batch)
+    return norms

@@ -8,9 +8,7 @@ from torch import Tensor
 from snr_optim.kernels.logprob_stats import logprob_stats
 
 
-def logit_grad_norms(
-    logits: Tensor, labels: Tensor, mask: Tensor | None = None, temperature: float = 1.0
-) -> Tensor:
+def logit_grad_norms(logits: Tensor, labels: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     r"""Per-token squared norm of the gradient of ``log p_y`` with respect to the scaled logits.
 
     .. math::

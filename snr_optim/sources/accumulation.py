@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from snr_optim.moments import GradientMoments
 
@@ -53,7 +54,7 @@ class AccumulationSource:
         self._recording: list[Tensor] | None = None
         self._scaled_sq_norms: list[Tensor] = []
         self._shares: list[float] = []
-        self._handles = [p.register_hook(self._record) for p in self._parameters]
+        self._handles: list[RemovableHandle] = [p.register_hook(self._record) for p in self._parameters]  # type: ignore[no-untyped-call]
 
     @contextmanager
     def sub_batch(self, share: float) -> Iterator[None]:
@@ -113,4 +114,5 @@ class AccumulationSource:
 
 def _sq_norm(gradient: Tensor) -> Tensor:
     exact = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient.detach(), dtype=exact).square()
+    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=exact)
+    return norm.square()
