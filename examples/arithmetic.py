@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 # (operator, digits of the left operand, digits of the right one), from easy to hard
-LEVELS = (("+", 1, 1), ("+", 2, 1), ("+", 2, 2), ("+", 3, 2), ("*", 1, 1), ("*", 2, 1))
+LEVELS = (("+", 1, 1), ("+", 2, 1), ("+", 2, 2), ("*", 1, 1))
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,16 @@ def _problem(rng: random.Random) -> Problem:
     operator, left_digits, right_digits = rng.choice(LEVELS)
     left, right = rng.randrange(10**left_digits), rng.randrange(10**right_digits)
     return Problem(f"{left}{operator}{right}=", str(left + right if operator == "+" else left * right))
+
+
+def worked_examples(num: int, seed: int, step: int) -> list[str]:
+    """Problems with answers to imitate, half of them wrong: a corpus that shows the task without mastering it."""
+    rng = random.Random(f"worked examples {seed} {step}")
+    texts = []
+    for problem in problems(num, seed, step):
+        slip = rng.choice((0, rng.randint(1, 9)))
+        texts.append(f"{problem.prompt}{int(problem.answer) + slip}")
+    return texts
 
 
 def is_correct(completion: str, problem: Problem) -> bool:

@@ -37,7 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", choices=("exact", "logit", "none"), default="exact", help="gradient norms in that baseline")
     add("--smoothing", type=float, default=0.9, help="of the signal-to-noise ratio; 0 is the paper's")
     add("--max-new-tokens", type=int, default=7, help="length of an output")
-    add("--warm-start-steps", type=int, default=300, help="supervised steps before RL")
+    add("--warm-start-steps", type=int, default=500, help="supervised steps before RL")
     add("--model", type=Path, help="folder of a Hugging Face causal LM, instead of the built-in tiny Qwen3")
     add("--device", default="cpu")
     add("--out", type=Path, default=Path("runs/qwen3_arithmetic"), help="folder for metrics, checkpoints and picture")

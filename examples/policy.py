@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from arithmetic import Problem, character_tokenizer, problems
+from arithmetic import Problem, character_tokenizer, worked_examples
 from runs import OnRow, stop_requested
 from torch import Tensor
 from transformers import (
@@ -52,8 +52,9 @@ def warm_start(
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     for step in range(steps):
-        solved = problems(128, seed, step=-1 - step)  # RL counts its steps from 0: none of these come again
-        texts = [problem.prompt + problem.answer + tokenizer.eos_token for problem in solved]
+        texts = [
+            text + tokenizer.eos_token for text in worked_examples(128, seed, step=-1 - step)
+        ]  # RL starts at step 0
         encoded = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
         labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
         loss = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], labels=labels).loss
