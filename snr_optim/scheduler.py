@@ -95,6 +95,8 @@ class SNRAdaptiveLR(LRScheduler):
         if metric != "euclidean":
             raise NotImplementedError(f"metric: only 'euclidean' is implemented, got {metric!r}")
         self.schedule = schedule
+        # What the inner schedule wrote last. Not its get_last_lr(): in torch 2.6 a tensor there is the live lr.
+        self._scheduled = [_copy(group["lr"]) for group in optimizer.param_groups]
         self.min_factor, self.max_factor = float(min_factor), float(max_factor)
         self.metric, self.adapt = metric, adapt
         self._averages = MomentAverages(smoothing)
@@ -188,7 +190,7 @@ class SNRAdaptiveLR(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """Ceiling x factor, one per parameter group."""
-        ceilings = self.base_lrs if self.schedule is None else self.schedule.get_last_lr()
+        ceilings = self.base_lrs if self.schedule is None else self._scheduled
         if not self.adapt:
             return list(ceilings)
         factor = self._factor()
@@ -211,11 +213,12 @@ class SNRAdaptiveLR(LRScheduler):
         if self.schedule is None:
             return
         self._adopt_new_groups()
-        self._write(self.schedule.get_last_lr())  # recursive schedules read their own last lr in the optimizer
+        self._write(self._scheduled)  # recursive schedules read their own last lr in the optimizer
         with warnings.catch_warnings():
             # A GradScaler that skips the first step would raise this false alarm (pytorch#44511).
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
             self.schedule.step()
+        self._scheduled = [_copy(lr) for lr in self._lrs()]
 
     def _write_lr(self) -> None:
         self._adopt_new_groups()
@@ -274,6 +277,7 @@ class SNRAdaptiveLR(LRScheduler):
             "averages": self._averages.state_dict(),
             "floor_bound": self._floor_bound,
             "base_lrs": list(self.base_lrs),
+            "scheduled": list(self._scheduled),
             "last_lr": list(self._last_lr),
             "last_epoch": self.last_epoch,
             "step_count": self._step_count,
@@ -300,7 +304,7 @@ class SNRAdaptiveLR(LRScheduler):
             )
         self._averages.load_state_dict(state_dict["averages"])
         self._floor_bound = state_dict["floor_bound"]
-        self.base_lrs = list(state_dict["base_lrs"])
+        self.base_lrs, self._scheduled = list(state_dict["base_lrs"]), list(state_dict["scheduled"])
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["step_count"]
         if self.schedule is not None:
             self.schedule.load_state_dict(state_dict["schedule"])
