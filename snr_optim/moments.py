@@ -71,7 +71,8 @@ class GradientMoments:
         if mean_sq < (1 - ROUNDING) * sq_norm:
             raise ValueError(
                 f"mean_of_sq_norms ({mean_sq:.6g}) is below sq_norm_of_mean ({sq_norm:.6g}), which no gradients "
-                "give. sum_k c_k ||g_k||^2 takes the mean gradient of each sub-batch: was it still divided by "
+                "give. Was .grad not zeroed before the batch, or clipped? "
+                "sum_k c_k ||g_k||^2 takes the mean gradient of each sub-batch: was it still divided by "
                 "the number of sub-batches?"
             )
 

@@ -134,7 +134,8 @@ class SNRAdaptiveLR(LRScheduler):
     def metrics(self) -> dict[str, float]:
         """What a tracker should log, as plain floats; NaN where nothing is known yet.
 
-        Keys: ``factor``; ``lr`` (first group); averaged ``signal``, ``noise`` and ``snr = signal / noise``;
+        Keys: ``factor``; ``lr`` and ``ceiling`` (first group, of the next ``optimizer.step()``);
+        averaged ``signal``, ``noise`` and ``snr = signal / noise``;
         ``critical_batch_size = noise / signal`` x the number of sub-batches, so in units of one sub-batch
         (inf where no signal is left); and the counts ``observations``, ``floor_bound`` (observations whose
         factor was raised to ``min_factor``), ``skipped_single``, ``skipped_flat``, ``skipped_invalid``.
@@ -153,6 +154,7 @@ class SNRAdaptiveLR(LRScheduler):
         return {
             "factor": factor,
             "lr": float(self._last_lr[0]),
+            "ceiling": float((self.base_lrs if self.schedule is None else self._scheduled)[0]),
             "signal": signal,
             "noise": noise,
             "snr": signal / noise if noise else math.copysign(math.inf, signal),

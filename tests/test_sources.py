@@ -70,6 +70,7 @@ def test_a_failed_sub_batch_and_a_dropped_batch_leave_the_source_usable():
         model(torch.ones(1, 1)).sum().backward()
     assert source.moments() == GradientMoments(torch.tensor(1.0), torch.tensor(1.0), 1)
     source.remove()
+    model.zero_grad()
     with pytest.raises(RuntimeError, match="no gradient"), source.sub_batch(share=1.0):
         model(torch.ones(1, 1)).sum().backward()
 
@@ -87,3 +88,31 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="several"):
         AccumulationSource(nn.Linear(1, 1))
+
+
+def test_a_gradient_that_others_changed_is_noticed():
+    model = nn.Linear(1, 1, bias=False)
+    source = AccumulationSource(model)
+
+    def backward(share):
+        with source.sub_batch(share):
+            (share * model(torch.ones(1, 1))).sum().backward()
+
+    backward(1.0)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(RuntimeError, match="clipping"):
+        source.moments()
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        backward(1.0)
+    model.zero_grad(set_to_none=False)
+    backward(0.5)
+    model(torch.ones(1, 1)).sum().backward()
+    with pytest.raises(RuntimeError, match="outside"):
+        backward(0.5)
+    model.zero_grad()
+    backward(1.0)
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        source.moments()
+    backward(1.0)
+    assert source.moments().num == 1

@@ -54,6 +54,7 @@ class AccumulationSource:
         self._recording: list[Tensor] | None = None
         self._scaled_sq_norms: list[Tensor] = []
         self._shares: list[float] = []
+        self._left: list[tuple[int, int] | None] = []  # how the last sub-batch left every .grad
         self._handles: list[RemovableHandle] = [p.register_hook(self._record) for p in self._parameters]  # type: ignore[no-untyped-call]
 
     @contextmanager
@@ -66,12 +67,15 @@ class AccumulationSource:
 
         Raises:
             ValueError: ``share`` is not in ``(0, 1]``.
-            RuntimeError: sub-batches are nested, or no gradient reached the parameters inside.
+            RuntimeError: sub-batches are nested, no gradient reached the parameters inside, ``.grad`` was not empty
+                before the first one (zero_grad forgotten) or was changed since the last. A failed sub-batch drops the
+                batch.
         """
         if not 0 < share <= 1:
             raise ValueError(f"share: expected a number in (0, 1], got {share!r}")
         if self._recording is not None:
             raise RuntimeError("sub_batch: the previous sub-batch is still open")
+        self._check_grad()
         self._recording = []
         try:
             yield
@@ -79,6 +83,10 @@ class AccumulationSource:
                 raise RuntimeError("sub_batch: no gradient reached the model's parameters; was backward() called?")
             self._scaled_sq_norms.append(torch.stack(self._recording).sum() / share)
             self._shares.append(share)
+            self._left = self._grad_versions()
+        except BaseException:
+            self._scaled_sq_norms, self._shares = [], []
+            raise
         finally:
             self._recording = None
 
@@ -87,15 +95,18 @@ class AccumulationSource:
         """Moments of the batch accumulated since the last call; starts the next batch.
 
         Call it after the last backward and before anything changes ``.grad``: clipping, unscaling, the
-        optimizer. Waits for no device.
+        optimizer, ``zero_grad``. Waits for no device.
 
         Raises:
-            RuntimeError: no sub-batch was recorded, or the shares do not sum to 1. The batch is dropped.
+            RuntimeError: no sub-batch was recorded, the shares do not sum to 1, or ``.grad`` was changed since the
+                last sub-batch. The batch is dropped.
         """
-        sq_norms, shares = self._scaled_sq_norms, self._shares
+        sq_norms, shares, unchanged = self._scaled_sq_norms, self._shares, self._grad_versions() == self._left
         self._scaled_sq_norms, self._shares = [], []
         if not shares:
             raise RuntimeError("moments: no sub-batch was recorded")
+        if not unchanged:
+            raise RuntimeError(_CHANGED)
         if abs(sum(shares) - 1) > 1e-6:
             raise RuntimeError(f"moments: the shares of the sub-batches sum to {sum(shares):.6g}, not 1")
         gradients = [p.grad for p in self._parameters if p.grad is not None]
@@ -107,9 +118,30 @@ class AccumulationSource:
         for handle in self._handles:
             handle.remove()
 
+    def _grad_versions(self) -> list[tuple[int, int] | None]:
+        """Identity and version of every ``.grad``: tells any change without reading a value."""
+        return [None if p.grad is None else (id(p.grad), p.grad._version) for p in self._parameters]
+
+    def _check_grad(self) -> None:
+        """``.grad`` holds the recorded sub-batches and nothing else."""
+        if self._shares:
+            if self._grad_versions() != self._left:
+                self._scaled_sq_norms, self._shares = [], []
+                raise RuntimeError(_CHANGED)
+            return
+        rest = [p.grad for p in self._parameters if p.grad is not None and p.grad.device.type == "cpu"]
+        if any(bool(gradient.any()) for gradient in rest):  # on an accelerator this would wait for it
+            raise RuntimeError("sub_batch: .grad is not empty before the first sub-batch; was zero_grad() forgotten?")
+
     def _record(self, gradient: Tensor) -> None:
         if self._recording is not None:
             self._recording.append(_sq_norm(gradient))
+
+
+_CHANGED = (
+    ".grad was changed since the last sub-batch, by clipping, unscaling, zero_grad() or a backward() outside "
+    "sub_batch; call moments() right after the last sub-batch"
+)
 
 
 def _sq_norm(gradient: Tensor) -> Tensor:
