@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
@@ -81,10 +82,13 @@ def sample(
         [problem.prompt for problem in batch for _ in range(group_size)], padding=True, return_tensors="pt"
     )
     prompts = prompts.to(model.device)
-    ids = model.generate(
-        input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], do_sample=True, temperature=1.0,
-        top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+    plain = GenerationConfig(  # not the model's own: its penalties and cut-offs would sample from another policy
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+    ids = model.generate(
+        input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], generation_config=plain
+    )
     completions = ids[:, prompts["input_ids"].shape[1] :]
     ended = (completions == tokenizer.eos_token_id).cumsum(1)
     completion_mask = (ended == 0) | ((ended == 1) & (completions == tokenizer.eos_token_id))

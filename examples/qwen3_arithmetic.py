@@ -177,7 +177,7 @@ class Training:
 
     def __call__(self, on_row: OnRow) -> None:
         independent = ("out", "resume", "jobs", "steps", "method", "seeds")  # what a resumed run may change
-        settings = {name: value for name, value in vars(self.args).items() if name not in independent}
+        settings = {name: str(value) for name, value in vars(self.args).items() if name not in independent}
         run = Run(self.folder, settings, resume=self.args.resume, on_row=on_row)
         train(self.args, METHODS[self.method], self.seed, run)
 

@@ -116,7 +116,7 @@ def gradient_weighted_baseline(
     exact = torch.float32 if rewards.device.type == "mps" else torch.float64
     r = torch.where(scored, rewards, 0).to(exact)
     w = torch.where(scored, weights, 0).to(exact)
-    w = w / w.max().clamp_min(torch.finfo(exact).tiny) if w.numel() else w  # only ratios matter: no overflow
+    w = w / w.amax(0).clamp_min(torch.finfo(exact).tiny) if w.numel() else w  # only ratios matter: no overflow
     u = scored.to(exact)
 
     sums = torch.stack([w * r, w, u * r, u], dim=-1)

@@ -101,7 +101,7 @@ class SNRAdaptiveLR(LRScheduler):
         self.metric, self.adapt = metric, adapt
         self._averages = MomentAverages(smoothing)
         self._floor_bound = torch.zeros((), dtype=torch.float64)
-        self._warned = False
+        self._warned = self._loaded = False
         super().__init__(optimizer)
 
     # -- statistics ---------------------------------------------------------------------------------
@@ -227,6 +227,7 @@ class SNRAdaptiveLR(LRScheduler):
         self._write(self.get_lr())
         self._last_lr = [_copy(lr) for lr in self._lrs()]
         self._written = [(lr, _version(lr)) for lr in self._lrs()]
+        self._loaded = False
 
     def _write(self, lrs: list[float | Tensor]) -> None:
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
@@ -242,10 +243,14 @@ class SNRAdaptiveLR(LRScheduler):
         """Whether the lrs in the optimizer are those that this scheduler wrote last."""
         if self.last_epoch < 0:
             return False  # a SequentialLR has not come to this scheduler yet
-        written = zip(self._lrs(), self._written, self._last_lr, strict=False)
-        # The same tensor at the same version is known unchanged without reading it; only where a checkpoint
-        # replaced it must its value be compared.
-        return all((lr is ours and _version(lr) == version) or lr == last for lr, (ours, version), last in written)
+        for lr, (ours, version), last in zip(self._lrs(), self._written, self._last_lr, strict=False):
+            # Another scheduler may write an equal value, so only the very object counts; except where a checkpoint
+            # has just put an equal one in its place.
+            same = lr is ours and _version(lr) == version
+            replaced = lr is not ours and (isinstance(lr, Tensor) or self._loaded)
+            if not same and not (replaced and bool(lr == last)):
+                return False
+        return True
 
     def _warn_if_overwritten(self) -> None:
         if not self._warned and not self._in_charge():
@@ -285,34 +290,39 @@ class SNRAdaptiveLR(LRScheduler):
             "step_count": self._step_count,
             "in_charge": self._in_charge(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "schedule_type": type(self.schedule).__name__,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume bit-exactly. As with every torch scheduler: construct it, load the optimizer, then this.
 
         Raises:
-            ValueError: the state is of another kind of scheduler, or only one side has an inner schedule,
+            ValueError: the state is of another kind of scheduler, or its inner schedule is of another class,
                 or the number of parameter groups differs. Nothing was changed then.
         """
         expected = set(self.state_dict())
         if set(state_dict) != expected:
             raise ValueError(f"state_dict: missing or unexpected keys {sorted(set(state_dict) ^ expected)}")
-        if (state_dict["schedule"] is None) != (self.schedule is None):
-            raise ValueError("state_dict: one of checkpoint and scheduler has an inner schedule, the other has none")
+        if state_dict["schedule_type"] != type(self.schedule).__name__:
+            raise ValueError(
+                f"state_dict: expected the state of an inner {type(self.schedule).__name__}, "
+                f"got that of {state_dict['schedule_type']}"
+            )
         if len(state_dict["base_lrs"]) != len(self.optimizer.param_groups):
             raise ValueError(
                 f"state_dict: expected {len(self.optimizer.param_groups)} parameter groups, "
                 f"got {len(state_dict['base_lrs'])}"
             )
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state_dict["schedule"])
         self._averages.load_state_dict(state_dict["averages"])
         self._floor_bound = state_dict["floor_bound"]
         self.base_lrs, self._scheduled = list(state_dict["base_lrs"]), list(state_dict["scheduled"])
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["step_count"]
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state_dict["schedule"])
         if state_dict["in_charge"]:
             self._write_lr()
         self._last_lr = list(state_dict["last_lr"])
+        self._loaded = True
 
 
 def _version(lr: float | Tensor) -> int:

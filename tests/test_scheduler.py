@@ -149,6 +149,17 @@ def test_trap_3_inner_schedule_is_multiplied_exactly(make_inner):
         train_step(together, scheduler)
 
 
+def test_trap_2_an_equal_lr_of_the_next_child_is_not_taken_for_ours():
+    optimizer = make_optimizer()
+    scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
+    both = SequentialLR(optimizer, [scheduler, ExponentialLR(optimizer, 0.5)], milestones=[2])
+    used = []
+    for moments in (GradientMoments(2.0, 2.0, 4), GradientMoments(2.0, 2.0, 4), TENTH, TENTH):
+        scheduler.observe(moments)
+        used += train_step(optimizer, both)
+    assert used == [1.0, 1.0, 1.0, 0.5]
+
+
 def test_trap_4_eight_steps_are_one_step():
     optimizer = make_optimizer()
     scheduler = SNRAdaptiveLR(optimizer)

@@ -116,3 +116,15 @@ def test_a_gradient_that_others_changed_is_noticed():
         source.moments()
     backward(1.0)
     assert source.moments().num == 1
+
+
+def test_two_backward_passes_in_one_sub_batch_are_refused():
+    model = nn.Linear(1, 1, bias=False)
+    source = AccumulationSource(model)
+
+    def backward_twice():
+        for _ in range(2):
+            model(torch.ones(1, 1)).sum().backward()
+
+    with pytest.raises(RuntimeError, match="twice"), source.sub_batch(share=1.0):
+        backward_twice()

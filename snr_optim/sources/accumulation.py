@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,15 +52,18 @@ class AccumulationSource:
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             raise RuntimeError("AccumulationSource measures one process, but torch.distributed runs several")
-        self._recording: list[Tensor] | None = None
+        self._recording: dict[int, Tensor] | None = None  # parameter -> its squared norm
         self._scaled_sq_norms: list[Tensor] = []
         self._shares: list[float] = []
-        self._left: list[tuple[int, int] | None] = []  # how the last sub-batch left every .grad
-        self._handles: list[RemovableHandle] = [p.register_hook(self._record) for p in self._parameters]  # type: ignore[no-untyped-call]
+        self._left: list[tuple[Tensor, int] | None] = []  # how the last sub-batch left every .grad
+        self._handles: list[RemovableHandle] = [
+            p.register_hook(partial(self._record, i))  # type: ignore[no-untyped-call]
+            for i, p in enumerate(self._parameters)
+        ]
 
     @contextmanager
     def sub_batch(self, share: float) -> Iterator[None]:
-        """The backward pass, or passes, of one micro-batch.
+        """The one backward pass of one micro-batch.
 
         Args:
             share: ``c_k``, this micro-batch's share of the batch, by which its mean loss is scaled. Shares of a
@@ -67,21 +71,21 @@ class AccumulationSource:
 
         Raises:
             ValueError: ``share`` is not in ``(0, 1]``.
-            RuntimeError: sub-batches are nested, no gradient reached the parameters inside, ``.grad`` was not empty
-                before the first one (zero_grad forgotten) or was changed since the last. A failed sub-batch drops the
-                batch.
+            RuntimeError: sub-batches are nested; a parameter gets a gradient twice (two backward passes, or reentrant
+                checkpointing of a shared module); no gradient reached the parameters; ``.grad`` was not empty before
+                the first sub-batch (zero_grad forgotten) or was changed since the last. The batch is dropped.
         """
         if not 0 < share <= 1:
             raise ValueError(f"share: expected a number in (0, 1], got {share!r}")
         if self._recording is not None:
             raise RuntimeError("sub_batch: the previous sub-batch is still open")
         self._check_grad()
-        self._recording = []
+        self._recording = {}
         try:
             yield
             if not self._recording:
                 raise RuntimeError("sub_batch: no gradient reached the model's parameters; was backward() called?")
-            self._scaled_sq_norms.append(torch.stack(self._recording).sum() / share)
+            self._scaled_sq_norms.append(torch.stack(list(self._recording.values())).sum() / share)
             self._shares.append(share)
             self._left = self._grad_versions()
         except BaseException:
@@ -101,11 +105,12 @@ class AccumulationSource:
             RuntimeError: no sub-batch was recorded, the shares do not sum to 1, or ``.grad`` was changed since the
                 last sub-batch. The batch is dropped.
         """
-        sq_norms, shares, unchanged = self._scaled_sq_norms, self._shares, self._grad_versions() == self._left
-        self._scaled_sq_norms, self._shares = [], []
+        sq_norms, shares = self._scaled_sq_norms, self._shares
+        changed = bool(shares) and self._grad_changed()
+        self._scaled_sq_norms, self._shares, self._left = [], [], []
         if not shares:
             raise RuntimeError("moments: no sub-batch was recorded")
-        if not unchanged:
+        if changed:
             raise RuntimeError(_CHANGED)
         if abs(sum(shares) - 1) > 1e-6:
             raise RuntimeError(f"moments: the shares of the sub-batches sum to {sum(shares):.6g}, not 1")
@@ -118,14 +123,20 @@ class AccumulationSource:
         for handle in self._handles:
             handle.remove()
 
-    def _grad_versions(self) -> list[tuple[int, int] | None]:
-        """Identity and version of every ``.grad``: tells any change without reading a value."""
-        return [None if p.grad is None else (id(p.grad), p.grad._version) for p in self._parameters]
+    def _grad_versions(self) -> list[tuple[Tensor, int] | None]:
+        """Every ``.grad`` and its version: tells a change without reading a value (not one through ``.data``)."""
+        return [None if p.grad is None else (p.grad, p.grad._version) for p in self._parameters]
+
+    def _grad_changed(self) -> bool:
+        return any(
+            now is not before and (now is None or before is None or now[0] is not before[0] or now[1] != before[1])
+            for now, before in zip(self._grad_versions(), self._left, strict=True)
+        )
 
     def _check_grad(self) -> None:
         """``.grad`` holds the recorded sub-batches and nothing else."""
         if self._shares:
-            if self._grad_versions() != self._left:
+            if self._grad_changed():
                 self._scaled_sq_norms, self._shares = [], []
                 raise RuntimeError(_CHANGED)
             return
@@ -133,9 +144,12 @@ class AccumulationSource:
         if any(bool(gradient.any()) for gradient in rest):  # on an accelerator this would wait for it
             raise RuntimeError("sub_batch: .grad is not empty before the first sub-batch; was zero_grad() forgotten?")
 
-    def _record(self, gradient: Tensor) -> None:
-        if self._recording is not None:
-            self._recording.append(_sq_norm(gradient))
+    def _record(self, index: int, gradient: Tensor) -> None:
+        if self._recording is None:
+            return
+        if index in self._recording:  # ||a + b||^2 is not ||a||^2 + ||b||^2
+            raise RuntimeError("sub_batch: a parameter got a gradient twice; expected one backward() per sub_batch")
+        self._recording[index] = _sq_norm(gradient)
 
 
 _CHANGED = (
