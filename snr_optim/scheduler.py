@@ -154,7 +154,7 @@ class SNRAdaptiveLR(LRScheduler):
         return {
             "factor": factor,
             "lr": float(self._last_lr[0]),
-            "ceiling": float((self.base_lrs if self.schedule is None else self._scheduled)[0]),
+            "ceiling": float(self._ceilings()[0]),
             "signal": signal,
             "noise": noise,
             "snr": signal / noise if noise else math.copysign(math.inf, signal),
@@ -192,7 +192,7 @@ class SNRAdaptiveLR(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """Ceiling x factor, one per parameter group."""
-        ceilings = self.base_lrs if self.schedule is None else self._scheduled
+        ceilings = self._ceilings()
         if not self.adapt:
             return list(ceilings)
         factor = self._factor()
@@ -205,6 +205,9 @@ class SNRAdaptiveLR(LRScheduler):
         """What ``SequentialLR`` calls, instead of ``step()``, to hand over to this scheduler."""
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._write_lr()
+
+    def _ceilings(self) -> list[float | Tensor]:
+        return self.base_lrs if self.schedule is None else self._scheduled
 
     def _factor(self) -> Tensor:
         averages = self._averages

@@ -53,13 +53,16 @@ class AccumulationSource:
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             raise RuntimeError("AccumulationSource measures one process, but torch.distributed runs several")
         self._recording: dict[int, Tensor] | None = None  # parameter -> its squared norm
-        self._scaled_sq_norms: list[Tensor] = []
-        self._shares: list[float] = []
-        self._left: list[tuple[Tensor, int] | None] = []  # how the last sub-batch left every .grad
+        self._start_batch()
         self._handles: list[RemovableHandle] = [
             p.register_hook(partial(self._record, i))  # type: ignore[no-untyped-call]
             for i, p in enumerate(self._parameters)
         ]
+
+    def _start_batch(self) -> None:
+        self._scaled_sq_norms: list[Tensor] = []
+        self._shares: list[float] = []
+        self._left: list[tuple[Tensor, int] | None] = []  # how the last sub-batch left every .grad
 
     @contextmanager
     def sub_batch(self, share: float) -> Iterator[None]:
@@ -89,7 +92,7 @@ class AccumulationSource:
             self._shares.append(share)
             self._left = self._grad_versions()
         except BaseException:
-            self._scaled_sq_norms, self._shares = [], []
+            self._start_batch()
             raise
         finally:
             self._recording = None
@@ -107,7 +110,7 @@ class AccumulationSource:
         """
         sq_norms, shares = self._scaled_sq_norms, self._shares
         changed = bool(shares) and self._grad_changed()
-        self._scaled_sq_norms, self._shares, self._left = [], [], []
+        self._start_batch()
         if not shares:
             raise RuntimeError("moments: no sub-batch was recorded")
         if changed:
@@ -137,7 +140,7 @@ class AccumulationSource:
         """``.grad`` holds the recorded sub-batches and nothing else."""
         if self._shares:
             if self._grad_changed():
-                self._scaled_sq_norms, self._shares = [], []
+                self._start_batch()
                 raise RuntimeError(_CHANGED)
             return
         rest = [p.grad for p in self._parameters if p.grad is not None and p.grad.device.type == "cpu"]
