@@ -1,14 +1,22 @@
 """One op: logits to the log-probability of the label and what else one pass over the vocabulary can tell.
 
-``log p_y``, the entropy, ``sum_v p_v^2`` and the squared gradient norm with respect to the logits. Torch path.
+``log p_y``, the entropy, ``sum_v p_v^2`` and the squared gradient norm with respect to the logits, with their
+backward pass. Here: the function, its float64 reference, what it must cost, and its registration with torch. The two
+paths are next door: ``logprob_stats_torch``, and ``logprob_stats_triton``, imported when the first GPU tensor comes.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Collection
+from types import ModuleType
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+from snr_optim.kernels import logprob_stats_torch
+from snr_optim.kernels._launch import Cost, Impl, as_rows, runs_triton
 
 
 class LogprobStats(NamedTuple):
@@ -27,53 +35,304 @@ class LogprobStats(NamedTuple):
     grad_norm_squared: Tensor
 
 
-def logprob_stats(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> LogprobStats:
-    r"""Log-prob, entropy, ``sum p^2`` and ``||e_y - p||^2`` of each token.
+def logprob_stats(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    ignore_index: int = -100,
+    outputs: Collection[str] = LogprobStats._fields,
+    impl: Impl = "auto",
+) -> LogprobStats:
+    r"""Log-prob, entropy, ``sum p^2`` and ``||e_y - p||^2`` of each token, in one pass over the vocabulary.
 
     .. math::
         \|e_y - p\|^2 = (1 - p_y)^2 + \sum_{v \neq y} p_v^2, \qquad 1 - p_y = \sum_{v \neq y} p_v
 
     The usual ``1 - 2 p_y + sum p^2`` cancels in float32: 24 % wrong at ``1 - p_y = 3e-4``, never positive
-    below ``1e-4``. Summing over what is left never does.
+    below ``1e-4``. Summing over what is left never does, nor do ``log p_y`` and the entropy of a confident row.
+
+    CUDA and ROCm tensors in float32, bfloat16 and float16 go to Triton kernels if the package ``triton`` is there
+    (each logit read once, and in the backward pass read and written once), all others to torch, a few rows at a
+    time: neither makes a float32 copy of the logits. No value is read back from a GPU.
+
+    The gradient with respect to the logits exists for all four outputs, in reverse mode and once: for forward-mode
+    or second derivatives use :func:`logprob_stats_reference`. ``torch.compile``, ``vmap`` and ``torch.func.grad``
+    work.
 
     Args:
-        logits: ``[..., V]``, any floating dtype; ``-inf`` for tokens that cannot be.
-        labels: ``[...]`` integers in ``[0, V)``.
-        temperature: positive divisor of the logits.
+        logits: ``[..., V]``, any floating dtype, any strides; ``-inf`` for tokens that cannot be. With a last stride
+            other than 1, or leading dimensions that no two strides describe, a contiguous copy is made.
+        labels: ``[...]`` integers in ``[0, V)``, or ``ignore_index``.
+        temperature: positive divisor of the logits: a number, or a tensor, ``[]`` or ``[...]``, without gradient.
+        ignore_index: label of the rows to leave out: all outputs and gradients 0, logits not read.
+        outputs: names of the statistics to compute; the others are ``None`` and cost nothing.
+        impl: ``"torch"`` or ``"triton"`` to insist on one.
 
     Returns:
-        float32 tensors (float64 for float64 logits), differentiable with respect to ``logits``.
+        float32 tensors (float64 for float64 logits), whatever the dtype of the logits. Rows that have no answer are
+        NaN in all outputs and in the gradient, and do not touch the others: NaN or ``+inf`` among the logits, none
+        above ``-inf`` (or below -1e30 all), a label outside ``[0, V)``, an entry of a temperature tensor that is not
+        positive and finite. (Nothing is raised for those, as it would take waiting for the GPU.)
 
     Raises:
         TypeError: logits not floating, labels not integers.
-        ValueError: shapes that disagree, a temperature that is not positive and finite.
-        RuntimeError: labels outside ``[0, V)``, from torch's own gather.
+        ValueError: shapes or devices that disagree, an empty vocabulary, a temperature that is a number but not
+            positive and finite or that wants a gradient, unknown ``outputs`` or ``impl``, ``impl="triton"`` where
+            it cannot run.
 
     Example:
         >>> stats = logprob_stats(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
         >>> [round(float(value), 4) for value in stats]
         [-0.6931, 0.6931, 0.5, 0.5]
+        >>> logprob_stats(torch.tensor([[0.0, 30.0]]), torch.tensor([1]), outputs=["grad_norm_squared"])
+        LogprobStats(log_prob=None, entropy=None, sum_p_squared=None, grad_norm_squared=tensor([1.7513e-26]))
     """
     if not logits.is_floating_point():
         raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels: expected integers, got {labels.dtype}")
-    if logits.dim() == 0 or logits.shape[:-1] != labels.shape:
+    if logits.dim() == 0 or logits.shape[-1] == 0 or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"logits, labels: expected [..., V] and [...], got {list(logits.shape)} and {list(labels.shape)}"
         )
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a positive finite number, got {temperature!r}")
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    if labels.device != logits.device:
+        raise ValueError(f"labels: expected the device of logits, {logits.device}, got {labels.device}")
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl: expected 'auto', 'torch' or 'triton', got {impl!r}")
+    unknown = set(outputs) - set(LogprobStats._fields) if not isinstance(outputs, str) else {outputs}
+    if unknown:
+        raise ValueError(f"outputs: expected some of {list(LogprobStats._fields)}, got {sorted(unknown)}")
+    squares = "sum_p_squared" in outputs or "grad_norm_squared" in outputs
+    divisor = _divisor(temperature, logits)
+    op: Callable[..., Any] = _forward if torch.compiler.is_compiling() else _Statistics.apply
+    found = op(logits, labels.long(), divisor, ignore_index, "entropy" in outputs, squares, impl)
+    values = [found[i] if name in outputs else None for i, name in enumerate(LogprobStats._fields)]
+    return LogprobStats(*cast("list[Tensor]", values))
+
+
+def _divisor(temperature: float | Tensor, logits: Tensor) -> Tensor:
+    """The temperature as ``[]`` or ``[...]``, in the dtype of the arithmetic, on the device of the logits."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if not isinstance(temperature, Tensor):
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature: expected a positive finite number, got {temperature!r}")
+        return torch.full((), temperature, dtype=dtype, device=logits.device)
+    if temperature.dim() and temperature.shape != logits.shape[:-1]:
+        expected = f"a number or the shape of labels, {list(logits.shape[:-1])}"
+        raise ValueError(f"temperature: expected {expected}, got {list(temperature.shape)}")
+    if temperature.device != logits.device:
+        raise ValueError(f"temperature: expected the device of logits, {logits.device}, got {temperature.device}")
+    if temperature.requires_grad:
+        raise ValueError("temperature: expected a tensor without gradient; detach() it")
+    return temperature.to(dtype)
+
+
+def logprob_stats_reference(logits: Tensor, labels: Tensor, temperature: float | Tensor = 1.0) -> LogprobStats:
+    """The same by the definitions, in float64 and plain torch: slow, differentiable in any mode and order.
+
+    Args:
+        logits: ``[..., V]``.
+        labels: ``[...]`` integers in ``[0, V)``.
+        temperature: a number, or a tensor that broadcasts to ``[...]``.
+
+    Returns:
+        float64 tensors.
+
+    Example:
+        >>> logprob_stats_reference(torch.tensor([[0.0, 0.0]]), torch.tensor([1])).entropy
+        tensor([0.6931], dtype=torch.float64)
+    """
+    divisor = torch.as_tensor(temperature, dtype=torch.float64, device=logits.device).unsqueeze(-1)
+    log_p = (logits.double() / divisor).log_softmax(-1)
+    p = log_p.exp()
     index = labels.long().unsqueeze(-1)
-    log_p = scaled.log_softmax(-1)
-    # Not log_p.exp(), where rounding log_p shows, nor softmax(), whose exp keeps 20 bits on a CPU: 1e-5 either way.
-    e = (scaled - scaled.detach().amax(-1, keepdim=True)).exp()
-    p = e / e.sum(-1, keepdim=True)
     others = p.scatter(-1, index, 0.0)
     return LogprobStats(
         log_prob=log_p.gather(-1, index).squeeze(-1),
-        entropy=-(p * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1),
+        entropy=-(p * log_p.clamp_min(torch.finfo(torch.float64).min)).sum(-1),
         sum_p_squared=p.square().sum(-1),
         grad_norm_squared=others.sum(-1).square() + others.square().sum(-1),
     )
+
+
+def logprob_stats_cost(rows: int, vocab: int, dtype: torch.dtype, *, backward: bool = False) -> Cost:
+    """What one call with all outputs must move and compute; with ``backward`` its backward pass instead.
+
+    Args:
+        rows: tokens.
+        vocab: size of the vocabulary.
+        dtype: of the logits.
+        backward: count the backward pass.
+
+    Returns:
+        Forward: each logit once, 8 bytes of label and six float32 results a row. Backward: logit and gradient once
+        each, label, results and four incoming gradients.
+
+    Example:
+        >>> cost = logprob_stats_cost(8192, 151_936, torch.bfloat16)
+        >>> f"{cost.bytes / 4.3e12 * 1e3:.2f} ms at 4.3 TB/s"
+        '0.58 ms at 4.3 TB/s'
+    """
+    if backward:  # fma, exp2, three terms of the factor, product, scale
+        return Cost(rows * (2 * vocab * dtype.itemsize + 8 + 10 * 4), rows * vocab * 9)
+    # max, fma, exp2, sum, sum of squares (fma), max and fma of the entropy
+    return Cost(rows * (vocab * dtype.itemsize + 8 + 6 * 4), rows * vocab * 10)
+
+
+# ------------------------------------------------------------------------------------------ registration with torch
+_ARGUMENTS = "Tensor logits, Tensor labels, Tensor temperature, int ignore_index"
+
+
+def _path(impl: str, logits: Tensor) -> ModuleType:
+    if not runs_triton(impl, logits):
+        return logprob_stats_torch
+    from snr_optim.kernels import logprob_stats_triton
+
+    return logprob_stats_triton
+
+
+@torch.library.custom_op(
+    "snr_optim::logprob_stats",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, bool entropy, bool squares, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int, entropy: bool, squares: bool, impl: str
+) -> tuple[Tensor, ...]:
+    """The four statistics, log-sum-exp and ``1 - p_y``; with a last dimension of 0 where not asked for."""
+    arguments = (as_rows(logits), labels.reshape(-1), temperature.reshape(-1) if temperature.dim() else temperature)
+    results = _path(impl, logits).forward(*arguments, ignore_index, entropy, squares)
+    shapes = _result_shapes(labels, entropy, squares)
+    return tuple(result.view(shape) for result, shape in zip(results, shapes, strict=True))
+
+
+def _result_shapes(labels: Tensor, entropy: bool, squares: bool) -> list[tuple[int, ...]]:
+    return [(*labels.shape, *(() if asked else (0,))) for asked in (True, entropy, squares, squares, True, True)]
+
+
+@_forward.register_fake
+def _(
+    logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int, entropy: bool, squares: bool, impl: str
+) -> tuple[Tensor, ...]:
+    return tuple(temperature.new_empty(shape) for shape in _result_shapes(labels, entropy, squares))
+
+
+@torch.library.custom_op(
+    "snr_optim::logprob_stats_backward",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, Tensor[] results, Tensor?[] gradients, str impl) -> Tensor",
+)
+def _backward(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    ignore_index: int,
+    results: list[Tensor],
+    gradients: list[Tensor | None],
+    impl: str,
+) -> Tensor:
+    rows, flat = as_rows(logits), tuple(result.reshape(-1) for result in results)
+    given = tuple(None if g is None else g.reshape(-1) for g in gradients)
+    arguments = (labels.reshape(-1), temperature.reshape(-1) if temperature.dim() else temperature, ignore_index)
+    gradient: Tensor = _path(impl, logits).backward(rows, *arguments, flat, given)
+    return gradient.view(logits.shape)
+
+
+@_backward.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, temperature, ctx.ignore_index, _, _, ctx.impl = inputs
+    ctx.set_materialize_grads(False)  # a statistic that no loss uses stays None, and its terms are left out
+    ctx.save_for_backward(logits, labels, temperature, *output)
+
+
+def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, labels, temperature, *results = ctx.saved_tensors
+    given = [g if g is not None and g.shape == labels.shape else None for g in gradients[:4]]
+    differentiable: Callable[..., Tensor] = _Gradient.apply
+    gradient = differentiable(logits, labels, temperature, ctx.ignore_index, ctx.impl, *results, *given)
+    return gradient, None, None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Statistics(torch.autograd.Function):
+    """The op as `torch.func` differentiates it, which does not see what is registered with an op."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return _forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, *gradients)
+
+
+class _Gradient(torch.autograd.Function):
+    """Its backward pass, likewise."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int, impl: str, *tensors: Tensor | None
+    ) -> Any:
+        results = cast("list[Tensor]", list(tensors[:6]))
+        return _backward(logits, labels, temperature, ignore_index, results, list(tensors[6:]), impl)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("logprob_stats: differentiable once; for second derivatives use logprob_stats_reference")
+
+
+def _batched(x: Tensor, dim: int | None, size: int, like: Tensor) -> Tensor:
+    """``x`` with the batch dimension in front and as many dimensions as ``like``, repeated where it had none."""
+    x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
+    x = x.reshape(*x.shape, *[1] * (like.dim() - x.dim()))
+    return x.expand(size, *like.shape[1:])
+
+
+@_forward.register_vmap
+def _(info: Any, dims: Any, logits: Tensor, labels: Tensor, temperature: Tensor, *options: Any) -> Any:
+    logits = logits.movedim(dims[0], 0) if dims[0] is not None else logits.expand(info.batch_size, *logits.shape)
+    token = logits[..., 0]
+    arguments = (
+        _batched(labels, dims[1], info.batch_size, token),
+        _batched(temperature, dims[2], info.batch_size, token),
+    )
+    return _forward(logits, *arguments, *options), (0,) * 6
+
+
+@_backward.register_vmap
+def _(
+    info: Any,
+    dims: Any,
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    ignore_index: int,
+    results: list[Tensor],
+    gradients: list[Tensor | None],
+    impl: str,
+) -> Any:
+    logits = logits.movedim(dims[0], 0) if dims[0] is not None else logits.expand(info.batch_size, *logits.shape)
+    token, size = logits[..., 0], info.batch_size
+    results = [x if not x.numel() else _batched(x, d, size, token) for x, d in zip(results, dims[4], strict=True)]
+    given = [None if x is None else _batched(x, d, size, token) for x, d in zip(gradients, dims[5], strict=True)]
+    arguments = (_batched(labels, dims[1], size, token), _batched(temperature, dims[2], size, token))
+    return _backward(logits, *arguments, ignore_index, results, given, impl), 0

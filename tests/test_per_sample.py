@@ -1,4 +1,4 @@
-"""Per-sample gradient norms against a loop of backward passes; the logit norm against float64 autograd."""
+"""Per-sample gradient norms against a loop of backward passes; the logit norm against float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from snr_optim import logit_grad_norms, per_sample_grad_norms_func
-from snr_optim.kernels.logprob_stats import logprob_stats
+from snr_optim.kernels.logprob_stats import logprob_stats, logprob_stats_reference
 
 
 def qwen3(tied):
@@ -72,62 +72,24 @@ def test_bad_input_is_named(model, batch, options, error, names):
         per_sample_grad_norms_func(model, lambda model, x: model(x), batch, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_stats_equal_float64(dtype, temperature):
-    logits, labels = (4 * torch.randn(3, 5, 1003)).to(dtype), torch.randint(1003, (3, 5))
-    got, truth = logprob_stats(logits, labels, temperature), logprob_stats(logits.double(), labels, temperature)
-    for value, true in zip(got, truth, strict=True):
-        assert value.dtype == torch.float32
-        assert torch.allclose(value.double(), true, rtol=1e-5, atol=1e-6)
-    gradient = torch.func.grad(lambda x: torch.log_softmax(x, -1)[0, 0, labels[0, 0]])(logits.double() / temperature)
-    assert truth.grad_norm_squared[0, 0].item() == pytest.approx(gradient.square().sum().item(), rel=1e-10)
+def test_logit_norms_are_those_of_the_gradient_in_the_logits():
+    logits, labels = 4 * torch.randn(3, 5, 1003), torch.randint(1003, (3, 5))
+    temperature = torch.rand(3, 5) + 0.5
+    norms = logit_grad_norms(logits.requires_grad_(), labels, temperature=temperature)
+    true = logprob_stats_reference(logits, labels, temperature).grad_norm_squared
+    assert torch.allclose(norms.double(), true, rtol=1e-5, atol=0)
+    assert not norms.requires_grad
 
 
-@pytest.mark.parametrize("missing", [1.0, 1e-1, 1e-3, 1e-5, 1e-7])
-def test_the_norm_never_cancels_on_peaked_rows(missing):
-    """``1 - p_y`` spread over 1002 tokens; ``1 - 2 p + sum p^2`` in float32 is all rounding from 1e-4 down."""
-    logits = torch.zeros(1, 1003)
-    logits[0, 7] = math.log(1002 * (1 - missing) / missing) if missing < 1 else -30.0
-    labels = torch.tensor([7])
-    truth = logit_grad_norms(logits.double(), labels).item()
-    assert logit_grad_norms(logits, labels).item() == pytest.approx(truth, rel=1e-5)
-
-
-def test_impossible_tokens_and_masked_rows_are_harmless():
-    logits = torch.randn(2, 3, 9)
-    logits[..., 4:] = -math.inf
-    labels = torch.tensor([[0, 1, 2], [3, 0, 0]])
-    assert all(value.isfinite().all() for value in logprob_stats(logits, labels))
+def test_masked_tokens_are_not_read():
+    logits, labels = torch.randn(2, 3, 9), torch.randint(9, (2, 3))
     expected = logit_grad_norms(logits, labels)
     logits[1, 1:] = math.nan
-    labels[1, 1:] = -100
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    got = logit_grad_norms(logits, labels, mask)
-    assert torch.equal(got, expected * mask)
-
-
-def test_stats_are_differentiable():
-    logits = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
-    labels = torch.tensor([1, 4])
-    assert torch.autograd.gradcheck(lambda x: tuple(logprob_stats(x, labels, 0.8)), logits)
-
-
-@pytest.mark.parametrize(
-    ("logits", "labels", "temperature", "error", "names"),
-    [
-        (torch.ones(2, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long), 1.0, TypeError, "logits"),
-        (torch.ones(2, 3), torch.zeros(2), 1.0, TypeError, "labels"),
-        (torch.ones(2, 3), torch.zeros(3, dtype=torch.long), 1.0, ValueError, "labels"),
-        (torch.ones(2, 3), torch.zeros(2, dtype=torch.long), 0.0, ValueError, "temperature"),
-        (torch.ones(2, 3), torch.zeros(2, dtype=torch.long), math.nan, ValueError, "temperature"),
-        (torch.ones(2, 3), torch.full((2,), 3), 1.0, RuntimeError, "out of bounds"),
-        (torch.ones(2, 3), torch.full((2,), -100), 1.0, RuntimeError, "out of bounds"),
-    ],
-)
-def test_bad_logits_are_named(logits, labels, temperature, error, names):
-    with pytest.raises(error, match=names):
-        logprob_stats(logits, labels, temperature)
+    for masked in (-100, 99):
+        labels[1, 1:] = masked
+        assert torch.equal(logit_grad_norms(logits, labels, mask), expected * mask)
+        assert torch.equal(logit_grad_norms(logits, labels.clamp_min(0).to(torch.uint8), mask), expected * mask)
 
 
 def test_bad_mask_is_named():

@@ -7,8 +7,12 @@ from torch import Tensor
 
 from snr_optim.kernels.logprob_stats import logprob_stats
 
+IGNORED = -100
 
-def logit_grad_norms(logits: Tensor, labels: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+
+def logit_grad_norms(
+    logits: Tensor, labels: Tensor, mask: Tensor | None = None, temperature: float | Tensor = 1.0
+) -> Tensor:
     r"""Per-token squared norm of the gradient of ``log p_y`` with respect to the scaled logits.
 
     .. math::
@@ -19,10 +23,10 @@ def logit_grad_norms(logits: Tensor, labels: Tensor, mask: Tensor | None = None,
 
     Args:
         logits: ``[..., V]``, aligned with ``labels``: ``logits[..., t, :]`` predict ``labels[..., t]``.
-        labels: ``[...]`` integers.
+        labels: ``[...]`` integers; -100 gives 0.
         mask: ``[...]`` bool or 0/1; tokens that are not a policy's own choice (prompt, padding) give 0,
-            whatever their logits and labels.
-        temperature: of sampling.
+            whatever their logits and labels, which are not read.
+        temperature: of sampling, one or per token.
 
     Returns:
         ``[...]`` float32 (float64 for float64 logits), in ``[0, 2]``, without gradient.
@@ -38,12 +42,10 @@ def logit_grad_norms(logits: Tensor, labels: Tensor, mask: Tensor | None = None,
         >>> logit_grad_norms(logits, labels, mask=torch.tensor([[1, 0]])).sum(-1)     # one weight per sequence
         tensor([0.5000])
     """
-    if mask is None:
-        with torch.no_grad():
-            return logprob_stats(logits, labels, temperature).grad_norm_squared
-    if mask.shape != labels.shape:
-        raise ValueError(f"mask: expected the shape of labels, {list(labels.shape)}, got {list(mask.shape)}")
-    chosen = mask.bool()
+    if mask is not None:
+        if mask.shape != labels.shape:
+            raise ValueError(f"mask: expected the shape of labels, {list(labels.shape)}, got {list(mask.shape)}")
+        labels = torch.where(mask.bool(), labels.long(), IGNORED)
     with torch.no_grad():
-        norms = logprob_stats(logits, torch.where(chosen, labels, 0), temperature).grad_norm_squared
-    return torch.where(chosen, norms, 0)
+        wanted = ["grad_norm_squared"]
+        return logprob_stats(logits, labels, temperature, ignore_index=IGNORED, outputs=wanted).grad_norm_squared

@@ -1,0 +1,158 @@
+"""The torch path of `logprob_stats`: some rows at a time, so that the float32 copies stay in the cache.
+
+For every device and dtype that torch has. Made for CPUs; on others it is the fallback, and waits for nothing there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 20  # logits at a time: two float32 buffers of 4 MB
+LOWEST = -1e30  # the least reference: finite, so that -inf minus it is -inf
+FAR_BELOW = -1e4  # exp of it is 0; stands in for z = -inf where p * z must be 0 and not NaN
+
+
+def forward(
+    logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int, entropy: bool, squares: bool
+) -> tuple[Tensor, ...]:
+    """log_prob, entropy, sum_p_squared, grad_norm_squared, log_sum_exp and ``1 - p_y``, ``[rows]`` each.
+
+    Args:
+        logits: ``[outer, inner, V]``.
+        labels: ``[rows]`` int64.
+        temperature: ``[]`` or ``[rows]``, in the dtype of the arithmetic.
+        ignore_index: label of rows that are left out.
+        entropy: whether to compute it; else empty.
+        squares: whether to compute sum_p_squared and grad_norm_squared; else empty.
+    """
+    rows, vocab = labels.numel(), logits.shape[-1]
+    sizes = (rows, rows * entropy, rows * squares, rows * squares, rows, rows)
+    results = tuple(torch.zeros(size, dtype=temperature.dtype, device=logits.device) for size in sizes)
+    for where, some in row_chunks(logits):
+        row = Rows.of(labels, temperature, where, vocab, ignore_index)
+        if row.nothing_to_do():
+            continue
+        x = some.to(temperature.dtype, copy=True)
+        own = torch.where(row.valid, x.gather(-1, row.label), math.nan)
+        z = x.scatter_(-1, row.label, -math.inf)  # the label stays out of the sums: nothing to cancel
+        reference = z.amax(-1, keepdim=True).clamp_min_(LOWEST)
+        z.sub_(reference).mul_(row.scale)
+        e = z.exp()
+        sums = Sums(
+            reference=reference * row.scale,
+            label=(own - reference) * row.scale,
+            others=e.sum(-1, keepdim=True),
+            squares=torch.linalg.vecdot(e, e).unsqueeze(-1) if squares else None,
+            weighted=torch.linalg.vecdot(e, z.clamp_min_(FAR_BELOW)).unsqueeze(-1) if entropy else None,
+        )
+        for result, value in zip(results, sums.finish(), strict=True):
+            if value is not None:
+                result[where] = value.masked_fill_(row.ignored, 0.0).squeeze(-1)
+    return results
+
+
+def backward(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    ignore_index: int,
+    results: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> Tensor:
+    r"""Gradient with respect to the logits, from the results of `forward` and the gradients of the first four.
+
+    .. math::
+        T\, dx_j = g_{lp} (\delta_{jy} - p_j) - g_H p_j (\log p_j + H) + 2 g_2 p_j (p_j - s_2)
+                   + 2 g_w p_j \big( (p_j - \delta_{jy}) - (s_2 - p_y) \big)
+
+    With ``q = 1 - p_y`` as summed, ``s_2 - p_y = w - q``: for the label, and for the others of a row that it leads, no
+    difference of two near numbers is left.
+    """
+    vocab, entropy = logits.shape[-1], gradients[1] is not None
+    squares = gradients[2] is not None or gradients[3] is not None
+    nothing = torch.zeros_like(results[0])
+    result = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    for where, some in row_chunks(logits):
+        row = Rows.of(labels, temperature, where, vocab, ignore_index)
+        if row.nothing_to_do():
+            continue
+        log_p_y, h, s2, w, log_sum_exp, q = ((x if x.numel() else nothing)[where, None] for x in results)
+        g_log_prob, g_entropy, g_s2, g_w = ((nothing if g is None else g)[where, None] for g in gradients)
+        log_p = some.to(temperature.dtype, copy=True).mul_(row.scale).sub_(log_sum_exp)
+        p = log_p.exp()
+        # dx = p (bias - g_H log p + slope p), but for the label
+        excess = torch.where(q < 0.5, w - q, s2 - log_p_y.exp())  # s2 - p_y, from whichever are small numbers
+        bias = -g_log_prob - g_entropy * h - 2 * (g_s2 * s2 + g_w * excess)
+        d = log_p.clamp_min_(FAR_BELOW).mul_(-g_entropy) if entropy else log_p.zero_()
+        if squares:
+            d.addcmul_(p, 2 * (g_s2 + g_w))
+        d.add_(bias).mul_(p)
+        at_label = -2 * (g_s2 * excess + g_w * w) - g_entropy * (log_p_y.clamp_min(FAR_BELOW) + h)
+        d.scatter_(-1, row.label, (1 - q) * at_label + q * g_log_prob)
+        result.view(-1, vocab)[where] = d.mul_(row.scale).masked_fill_(row.ignored, 0.0)
+    return result
+
+
+def row_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of ``[outer, inner, V]`` at a time, and their places among all ``outer * inner``."""
+    outer, inner, vocab = logits.shape
+    size = max(1, CHUNK // vocab)
+    for o in range(outer):
+        for start in range(0, inner, size):
+            stop = min(start + size, inner)
+            yield slice(o * inner + start, o * inner + stop), logits[o, start:stop]
+
+
+class Rows(NamedTuple):
+    """What is asked of some rows, ``[R, 1]`` each."""
+
+    label: Tensor  # 0 where it is not valid
+    valid: Tensor
+    ignored: Tensor
+    scale: Tensor  # 1 / temperature, NaN where that is no positive finite number
+
+    @staticmethod
+    def of(labels: Tensor, temperature: Tensor, where: slice, vocab: int, ignore_index: int) -> Rows:
+        label = labels[where, None]
+        t = temperature[where, None] if temperature.dim() else temperature
+        scale = torch.where((t > 0) & (t < math.inf), t.reciprocal(), math.nan)
+        valid = (label >= 0) & (label < vocab)
+        return Rows(torch.where(valid, label, 0), valid, label == ignore_index, scale)
+
+    def nothing_to_do(self) -> bool:
+        return self.ignored.device.type == "cpu" and bool(self.ignored.all())  # elsewhere asking would wait
+
+
+class Sums(NamedTuple):
+    """Sums over all tokens but the label, and the label; ``z`` is relative to the largest of the others."""
+
+    reference: Tensor
+    label: Tensor  # z_y
+    others: Tensor  # sum exp z
+    squares: Tensor | None  # sum exp 2z
+    weighted: Tensor | None  # sum z exp z
+
+    def finish(self) -> tuple[Tensor | None, ...]:
+        up = self.label.clamp_min(0.0)  # the label leads: all else relative to it
+        rescale = torch.exp(-up)
+        others = rescale * self.others
+        z = self.label - up
+        own = z.exp()
+        total = others + own
+        log_total = torch.where(self.label >= 0, others.log1p(), total.log())
+        complement = others / total
+        entropy = sum_p_squared = grad_norm_squared = None
+        if self.weighted is not None:
+            weighted = rescale * (self.weighted - self.others * up)
+            entropy = log_total - (weighted + own * z.clamp_min(FAR_BELOW)) / total
+        if self.squares is not None:
+            squares = (rescale / total).square() * self.squares
+            sum_p_squared = squares + (own / total).square()
+            grad_norm_squared = squares + complement.square()
+        log_sum_exp = self.reference + up + log_total
+        return z - log_total, entropy, sum_p_squared, grad_norm_squared, log_sum_exp, complement

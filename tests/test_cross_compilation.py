@@ -1,0 +1,39 @@
+"""Every kernel in every configuration that can be launched, compiled for four GPUs on a machine that has none."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from snr_optim.kernels._launch import has_triton, interprets
+
+if not has_triton() or interprets():
+    pytest.skip("needs triton, not interpreted", allow_module_level=True)
+
+import crosscompile as cc
+
+from snr_optim.kernels import logprob_stats_triton
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("triton"))
+    with ProcessPoolExecutor(2, get_context("spawn"), cc.in_own_cache, (folder,)) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("target", cc.TARGETS)
+def test_no_spills_and_shared_memory_within_limits(workers, target):
+    configurations = list(logprob_stats_triton.configurations())
+    assert len(configurations) == 60
+    jobs = [(target, number) for number in range(len(configurations))]
+    for configuration, (shared, spilled) in zip(configurations, workers.map(cc.compile_number, jobs), strict=True):
+        assert spilled == 0, configuration
+        assert shared <= cc.TARGETS[target][3], configuration
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_spill_would_be_seen(workers, target):
+    assert workers.submit(cc.compile_too_much, target).result()[1] > 0
