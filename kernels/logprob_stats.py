@@ -253,8 +253,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, labels, temperature, *results = ctx.saved_tensors
     given = [g if g is not None and g.shape == labels.shape else None for g in gradients[:4]]
-    differentiable: Callable[..., Tensor] = _Gradient.apply
-    gradient = differentiable(logits, labels, temperature, ctx.ignore_index, ctx.impl, *results, *given)
+    inputs = (logits, labels, temperature, ctx.ignore_index, ctx.impl, *results, *given)
+    gradient: Tensor = _Gradient.apply(*inputs)  # type: ignore[no-untyped-call]
     return gradient, None, None, None, None, None, None
 
 
@@ -262,9 +262,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 class _Statistics(torch.autograd.Function):
-    """The op as `torch.func` differentiates it, which does not see what is registered with an op."""
-
-    generate_vmap_rule = True
+    """The op as `torch.func` differentiates and maps it, which does not see what is registered with an op."""
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
@@ -278,11 +276,13 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return _differentiate(ctx, *gradients)
 
+    @staticmethod
+    def vmap(info: Any, dims: Any, *inputs: Any) -> Any:
+        return _Statistics.apply(*_batched(info, dims, inputs)), (0,) * 6  # type: ignore[no-untyped-call]
+
 
 class _Gradient(torch.autograd.Function):
     """Its backward pass, likewise."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -299,40 +299,23 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError("logprob_stats: differentiable once; for second derivatives use logprob_stats_reference")
 
-
-def _batched(x: Tensor, dim: int | None, size: int, like: Tensor) -> Tensor:
-    """``x`` with the batch dimension in front and as many dimensions as ``like``, repeated where it had none."""
-    x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
-    x = x.reshape(*x.shape, *[1] * (like.dim() - x.dim()))
-    return x.expand(size, *like.shape[1:])
+    @staticmethod
+    def vmap(info: Any, dims: Any, *inputs: Any) -> Any:
+        return _Gradient.apply(*_batched(info, dims, inputs)), 0  # type: ignore[no-untyped-call]
 
 
-@_forward.register_vmap
-def _(info: Any, dims: Any, logits: Tensor, labels: Tensor, temperature: Tensor, *options: Any) -> Any:
-    logits = logits.movedim(dims[0], 0) if dims[0] is not None else logits.expand(info.batch_size, *logits.shape)
-    token = logits[..., 0]
-    arguments = (
-        _batched(labels, dims[1], info.batch_size, token),
-        _batched(temperature, dims[2], info.batch_size, token),
-    )
-    return _forward(logits, *arguments, *options), (0,) * 6
+def _batched(info: Any, dims: Any, inputs: tuple[Any, ...]) -> list[Any]:
+    """Inputs of an op with all batch dimensions in front: of the logits, and of what is one number a token."""
 
+    def in_front(x: Tensor, dim: int | None) -> Tensor:
+        return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
-@_backward.register_vmap
-def _(
-    info: Any,
-    dims: Any,
-    logits: Tensor,
-    labels: Tensor,
-    temperature: Tensor,
-    ignore_index: int,
-    results: list[Tensor],
-    gradients: list[Tensor | None],
-    impl: str,
-) -> Any:
-    logits = logits.movedim(dims[0], 0) if dims[0] is not None else logits.expand(info.batch_size, *logits.shape)
-    token, size = logits[..., 0], info.batch_size
-    results = [x if not x.numel() else _batched(x, d, size, token) for x, d in zip(results, dims[4], strict=True)]
-    given = [None if x is None else _batched(x, d, size, token) for x, d in zip(gradients, dims[5], strict=True)]
-    arguments = (_batched(labels, dims[1], size, token), _batched(temperature, dims[2], size, token))
-    return _backward(logits, *arguments, ignore_index, results, given, impl), 0
+    def per_token(x: Tensor, dim: int | None) -> Tensor:
+        x = in_front(x, dim)
+        if not x.numel():  # not asked for
+            return x
+        return x.reshape(*x.shape, *[1] * (logits.dim() - 1 - x.dim())).expand(logits.shape[:-1])
+
+    logits = in_front(inputs[0], dims[0])
+    rest = zip(inputs[1:], dims[1:], strict=True)
+    return [logits, *(per_token(x, dim) if isinstance(x, Tensor) else x for x, dim in rest)]
