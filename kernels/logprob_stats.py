@@ -156,28 +156,38 @@ def logprob_stats_reference(logits: Tensor, labels: Tensor, temperature: float |
     )
 
 
-def logprob_stats_cost(rows: int, vocab: int, dtype: torch.dtype, *, backward: bool = False) -> Cost:
-    """What one call with all outputs must move and compute; with ``backward`` its backward pass instead.
+def logprob_stats_cost(
+    rows: int,
+    vocab: int,
+    dtype: torch.dtype,
+    *,
+    outputs: Collection[str] = LogprobStats._fields,
+    backward: bool = False,
+) -> Cost:
+    """What a call must move and compute; with ``backward`` its backward pass instead.
 
     Args:
         rows: tokens.
         vocab: size of the vocabulary.
         dtype: of the logits.
+        outputs: that are asked for, or differentiated.
         backward: count the backward pass.
 
     Returns:
-        Forward: each logit once, 8 bytes of label and six float32 results a row. Backward: logit and gradient once
-        each, label, results and four incoming gradients.
+        Forward: each logit and label read once, a float32 written per output. Backward: each logit read and each
+        gradient written once, label, outputs, log-sum-exp and the incoming gradients read.
 
     Example:
         >>> cost = logprob_stats_cost(8192, 151_936, torch.bfloat16)
         >>> f"{cost.bytes / 4.3e12 * 1e3:.2f} ms at 4.3 TB/s"
         '0.58 ms at 4.3 TB/s'
     """
-    if backward:  # fma, exp2, three terms of the factor, product, scale
-        return Cost(rows * (2 * vocab * dtype.itemsize + 8 + 10 * 4), rows * vocab * 9)
-    # max, fma, exp2, sum, sum of squares (fma), max and fma of the entropy
-    return Cost(rows * (vocab * dtype.itemsize + 8 + 6 * 4), rows * vocab * 10)
+    entropy, squares = "entropy" in outputs, "sum_p_squared" in outputs or "grad_norm_squared" in outputs
+    if backward:  # fma, exp2, factor and product, scale; two fma more
+        flops, nbytes = 5 + 2 * entropy + 2 * squares, 2 * vocab * dtype.itemsize + 8 + 4 * (2 * len(outputs) + 1)
+    else:  # max, fma, exp2, sum; an fma each
+        flops, nbytes = 5 + 2 * entropy + 2 * squares, vocab * dtype.itemsize + 8 + 4 * len(outputs)
+    return Cost(rows * nbytes, rows * vocab * flops)
 
 
 # ------------------------------------------------------------------------------------------ registration with torch

@@ -33,19 +33,20 @@ def forward(
     rows, vocab = labels.numel(), logits.shape[-1]
     sizes = (rows, rows * entropy, rows * squares, rows * squares, rows, rows)
     results = tuple(torch.zeros(size, dtype=temperature.dtype, device=logits.device) for size in sizes)
+    buffers = torch.empty(2, chunk_rows(logits), vocab, dtype=temperature.dtype, device=logits.device)
     for where, some in row_chunks(logits):
         row = Rows.of(labels, temperature, where, vocab, ignore_index)
         if row.nothing_to_do():
             continue
-        x = some.to(temperature.dtype, copy=True)
-        own = torch.where(row.valid, x.gather(-1, row.label), math.nan)
-        z = x.scatter_(-1, row.label, -math.inf)  # the label stays out of the sums: nothing to cancel
+        z = buffers[0][: len(some)].copy_(some)
         reference = z.amax(-1, keepdim=True).clamp_min_(LOWEST)
         z.sub_(reference).mul_(row.scale)
-        e = z.exp()
+        own = torch.where(row.valid, z.gather(-1, row.label), math.nan)
+        z.scatter_(-1, row.label, -math.inf)  # the label stays out of the sums: nothing to cancel
+        e = torch.exp(z, out=buffers[1][: len(some)])
         sums = Sums(
             reference=reference * row.scale,
-            label=(own - reference) * row.scale,
+            label=own,
             others=e.sum(-1, keepdim=True),
             squares=torch.linalg.vecdot(e, e).unsqueeze(-1) if squares else None,
             weighted=torch.linalg.vecdot(e, z.clamp_min_(FAR_BELOW)).unsqueeze(-1) if entropy else None,
@@ -76,15 +77,18 @@ def backward(
     vocab, entropy = logits.shape[-1], gradients[1] is not None
     squares = gradients[2] is not None or gradients[3] is not None
     nothing = torch.zeros_like(results[0])
-    result = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    result = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    buffers = torch.empty(2, chunk_rows(logits), vocab, dtype=temperature.dtype, device=logits.device)
     for where, some in row_chunks(logits):
         row = Rows.of(labels, temperature, where, vocab, ignore_index)
+        target = result.view(-1, vocab)[where]
         if row.nothing_to_do():
+            target.zero_()
             continue
         log_p_y, h, s2, w, log_sum_exp, q = ((x if x.numel() else nothing)[where, None] for x in results)
-        g_log_prob, g_entropy, g_s2, g_w = ((nothing if g is None else g)[where, None] for g in gradients)
-        log_p = some.to(temperature.dtype, copy=True).mul_(row.scale).sub_(log_sum_exp)
-        p = log_p.exp()
+        g_log_prob, g_entropy, g_s2, g_w = (row.scale * (nothing if g is None else g)[where, None] for g in gradients)
+        log_p = buffers[0][: len(some)].copy_(some).mul_(row.scale).sub_(log_sum_exp)
+        p = torch.exp(log_p, out=buffers[1][: len(some)])
         # dx = p (bias - g_H log p + slope p), but for the label
         excess = torch.where(q < 0.5, w - q, s2 - log_p_y.exp())  # s2 - p_y, from whichever are small numbers
         bias = -g_log_prob - g_entropy * h - 2 * (g_s2 * s2 + g_w * excess)
@@ -93,19 +97,24 @@ def backward(
             d.addcmul_(p, 2 * (g_s2 + g_w))
         d.add_(bias).mul_(p)
         at_label = -2 * (g_s2 * excess + g_w * w) - g_entropy * (log_p_y.clamp_min(FAR_BELOW) + h)
-        d.scatter_(-1, row.label, (1 - q) * at_label + q * g_log_prob)
-        result.view(-1, vocab)[where] = d.mul_(row.scale).masked_fill_(row.ignored, 0.0)
+        target.copy_(d.scatter_(-1, row.label, (1 - q) * at_label + q * g_log_prob))
+        if row.mixed():
+            target.masked_fill_(row.ignored, 0.0)
     return result
 
 
 def row_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Some rows of ``[outer, inner, V]`` at a time, and their places among all ``outer * inner``."""
-    outer, inner, vocab = logits.shape
-    size = max(1, CHUNK // vocab)
+    outer, inner, _ = logits.shape
+    size = chunk_rows(logits)
     for o in range(outer):
-        for start in range(0, inner, size):
+        for start in range(0, inner, max(1, size)):
             stop = min(start + size, inner)
             yield slice(o * inner + start, o * inner + stop), logits[o, start:stop]
+
+
+def chunk_rows(logits: Tensor) -> int:
+    return min(max(1, CHUNK // logits.shape[-1]), logits.shape[1])
 
 
 class Rows(NamedTuple):
@@ -124,12 +133,16 @@ class Rows(NamedTuple):
         valid = (label >= 0) & (label < vocab)
         return Rows(torch.where(valid, label, 0), valid, label == ignore_index, scale)
 
+    # Only a CPU is asked what its tensors hold: elsewhere that would wait for the device.
     def nothing_to_do(self) -> bool:
-        return self.ignored.device.type == "cpu" and bool(self.ignored.all())  # elsewhere asking would wait
+        return self.ignored.device.type == "cpu" and bool(self.ignored.all())
+
+    def mixed(self) -> bool:
+        return self.ignored.device.type != "cpu" or bool(self.ignored.any())
 
 
 class Sums(NamedTuple):
-    """Sums over all tokens but the label, and the label; ``z`` is relative to the largest of the others."""
+    """The label, and sums over all other tokens; ``z`` is relative to the largest of them all."""
 
     reference: Tensor
     label: Tensor  # z_y
@@ -138,21 +151,16 @@ class Sums(NamedTuple):
     weighted: Tensor | None  # sum z exp z
 
     def finish(self) -> tuple[Tensor | None, ...]:
-        up = self.label.clamp_min(0.0)  # the label leads: all else relative to it
-        rescale = torch.exp(-up)
-        others = rescale * self.others
-        z = self.label - up
-        own = z.exp()
-        total = others + own
-        log_total = torch.where(self.label >= 0, others.log1p(), total.log())
-        complement = others / total
+        own = self.label.exp()
+        total = self.others + own
+        log_total = torch.where(self.label == 0, self.others.log1p(), total.log())
+        complement = self.others / total
         entropy = sum_p_squared = grad_norm_squared = None
         if self.weighted is not None:
-            weighted = rescale * (self.weighted - self.others * up)
-            entropy = log_total - (weighted + own * z.clamp_min(FAR_BELOW)) / total
+            entropy = log_total - (self.weighted + own * self.label.clamp_min(FAR_BELOW)) / total
         if self.squares is not None:
-            squares = (rescale / total).square() * self.squares
+            squares = self.squares / total.square()
             sum_p_squared = squares + (own / total).square()
             grad_norm_squared = squares + complement.square()
-        log_sum_exp = self.reference + up + log_total
-        return z - log_total, entropy, sum_p_squared, grad_norm_squared, log_sum_exp, complement
+        log_sum_exp = self.reference + log_total
+        return self.label - log_total, entropy, sum_p_squared, grad_norm_squared, log_sum_exp, complement

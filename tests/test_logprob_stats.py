@@ -306,7 +306,7 @@ def test_the_reference_is_the_gradient_norm():
 
 
 class Largest(TorchDispatchMode):
-    """The most float32 elements of any tensor made."""
+    """The most float32 elements of any tensor made: two buffers of a chunk, made together."""
 
     elements = 0
 
@@ -325,7 +325,7 @@ def test_no_float32_copy_of_the_logits(rows):
     with Largest() as seen:
         results = logprob_stats_torch.forward(*arguments, True, True)
         logprob_stats_torch.backward(*arguments, results, (torch.ones(rows),) * 4)
-    assert vocab <= seen.elements <= logprob_stats_torch.CHUNK
+    assert vocab <= seen.elements <= 2 * logprob_stats_torch.CHUNK < logits.numel() * (1 + (rows < 20))
 
 
 def test_opcheck():
@@ -390,6 +390,7 @@ def test_cost_counts_every_logit_once():
     assert two.bytes == 2 * one.bytes
     assert 0 <= one.bytes - 2 * 1000 <= 64
     assert 0 <= logprob_stats_cost(1, 1000, torch.float32, backward=True).bytes - 8 * 1000 <= 64
+    assert logprob_stats_cost(1, 1000, torch.bfloat16, outputs=["log_prob"]).flops < one.flops
 
 
 @pytest.mark.parametrize(
