@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench peers gpu clean
 
 demo: .venv/ready            ## four methods, three seeds, on two cores: table, summary.json, curves.png
 	$(BIN)/python examples/qwen3_arithmetic.py --method all --seeds 0 1 2 --jobs 2 --out runs/demo
@@ -15,13 +15,19 @@ lint: .venv/ready            ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/ready           ## the study behind the learning rates of the demo
+bench: .venv/ready           ## kernels against their peers (minutes), then the study behind the demo's learning rates
+	$(BIN)/python -m benchmarks.logprob_stats --out runs/bench --plot runs/bench/logprob_stats.png
 	$(BIN)/python -m benchmarks.lr_ceilings
 
+peers: .venv/ready           ## the code bases that `make bench` compares with, where they are missing
+	$(BIN)/pip install -q -c constraints.txt trl liger-kernel ray tensordict hydra-core
+	$(BIN)/pip install -q --no-deps verl==0.9.1 # its pins are older than ours; the functions compared need none
+
 gpu: OUT ?= runs/gpu
-gpu:                         ## the tests and a run of the example on the accelerator of this machine, with its own torch
+gpu:                         ## tests and benchmarks on the accelerator of this machine, with its own torch
 	mkdir -p $(OUT)
-	$(PYTHON) -m pytest -q tests/test_device.py
+	$(PYTHON) -m pytest -q tests/test_device.py tests/test_logprob_stats.py
+	$(PYTHON) -m benchmarks.logprob_stats --out $(OUT) --plot $(OUT)/logprob_stats.png
 	PYTHONPATH=. $(PYTHON) examples/qwen3_arithmetic.py --device cuda --steps 50 --out $(OUT)/qwen3_arithmetic
 
 .venv/ready: pyproject.toml constraints.txt

@@ -261,6 +261,30 @@ def test_slices_of_the_vocabulary_merge_to_the_whole(splits):
     assert_close(got[:4], [value[0] for value in logprob_stats_reference(logits, labels)])
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
+def test_nothing_waits_for_the_gpu_and_a_graph_can_be_captured():
+    logits, labels = random_rows(64, 4112, dtype=torch.bfloat16)
+    labels[::3] = -100
+    leaf = logits.clone().requires_grad_()
+
+    def step():
+        leaf.grad = None
+        loss(logprob_stats(leaf, labels, 0.7)).backward()
+
+    step()
+    expected = leaf.grad.clone()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    assert torch.equal(leaf.grad, expected)
+
+
 # ------------------------------------------------------------------------- the torch path, and what torch makes of ops
 @settings(max_examples=60, deadline=None)
 @given(
