@@ -119,6 +119,8 @@ def measure_limits(device: torch.device) -> Limits:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on; asked for before the first is measured."""
+
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
@@ -187,11 +189,11 @@ def _format(value: Any) -> str:
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write_json(path: Path, benchmark: str, device: torch.device, limits: Limits, **rest: Any) -> None:
+def write_json(path: Path, benchmark: str, environment: dict[str, Any], limits: Limits, **rest: Any) -> None:
     result = {
         "benchmark": benchmark,
         "command": f"python -m benchmarks.{benchmark} " + " ".join(sys.argv[1:]),
-        "environment": environment(device),
+        "environment": environment,
         "limits": {"copy_bytes_per_second": limits.bandwidth, "matmul_flop_per_second": limits.matmul},
         **rest,
     }

@@ -22,8 +22,8 @@ from benchmarks.harness import (
     Limits,
     Row,
     copies,
-    device_name,
     draw_roofline,
+    environment,
     measure_limits,
     peak_memory,
     print_table,
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="picture of the roofline")
     args = parser.parse_args()
     rows = args.rows or (8192 if args.device.type == "cuda" else 512)
-    limits = measure_limits(args.device)
+    where, limits = environment(args.device), measure_limits(args.device)
     measured: list[Row] = []
     found = implementations(args.device)
     with progress(len(found) * len(args.dtypes)) as done:
@@ -222,10 +222,10 @@ def main() -> None:
             for which in found:
                 measured += measure(which, logits, labels, limits, args.seconds)
                 done(f"{dtype} {', '.join(which.outputs)}: {which.name}")
-    name = device_name(args.device)
+    name = where["device"]
     print(f"{name}: copy {limits.bandwidth / 1e9:,.0f} GB/s, matmul {limits.matmul / 1e12:,.2f} TFLOP/s")
     print_table(measured, COLUMNS)
-    write_json(args.out / "logprob_stats.json", "logprob_stats", args.device, limits, rows=measured)
+    write_json(args.out / "logprob_stats.json", "logprob_stats", where, limits, rows=measured)
     if args.plot:
         draw(args.plot, f"{name}, {rows} x {args.vocab:,}", limits, measured)
 

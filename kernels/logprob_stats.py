@@ -98,8 +98,6 @@ def logprob_stats(
         )
     if labels.device != logits.device:
         raise ValueError(f"labels: expected the device of logits, {logits.device}, got {labels.device}")
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl: expected 'auto', 'torch' or 'triton', got {impl!r}")
     unknown = set(outputs) - set(LogprobStats._fields) if not isinstance(outputs, str) else {outputs}
     if unknown:
         raise ValueError(f"outputs: expected some of {list(LogprobStats._fields)}, got {sorted(unknown)}")
@@ -202,6 +200,11 @@ def _path(impl: str, logits: Tensor) -> ModuleType:
     return logprob_stats_triton
 
 
+def _flat(x: Tensor) -> Tensor:
+    """``[rows]`` with stride 1, which ``reshape`` alone does not promise."""
+    return x.reshape(-1).contiguous()
+
+
 @torch.library.custom_op(
     "snr_optim::logprob_stats",
     mutates_args=(),
@@ -211,8 +214,8 @@ def _forward(
     logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int, entropy: bool, squares: bool, impl: str
 ) -> tuple[Tensor, ...]:
     """The four statistics, log-sum-exp and ``1 - p_y``; with a last dimension of 0 where not asked for."""
-    arguments = (as_rows(logits), labels.reshape(-1), temperature.reshape(-1) if temperature.dim() else temperature)
-    results = _path(impl, logits).forward(*arguments, ignore_index, entropy, squares)
+    arguments = (as_rows(logits), _flat(labels), _flat(temperature) if temperature.dim() else temperature, ignore_index)
+    results = _path(impl, logits).forward(*arguments, entropy, squares)
     shapes = _result_shapes(labels, entropy, squares)
     return tuple(result.view(shape) for result, shape in zip(results, shapes, strict=True))
 
@@ -242,10 +245,9 @@ def _backward(
     gradients: list[Tensor | None],
     impl: str,
 ) -> Tensor:
-    rows, flat = as_rows(logits), tuple(result.reshape(-1) for result in results)
-    given = tuple(None if g is None else g.reshape(-1) for g in gradients)
-    arguments = (labels.reshape(-1), temperature.reshape(-1) if temperature.dim() else temperature, ignore_index)
-    gradient: Tensor = _path(impl, logits).backward(rows, *arguments, flat, given)
+    arguments = (as_rows(logits), _flat(labels), _flat(temperature) if temperature.dim() else temperature, ignore_index)
+    known, given = tuple(map(_flat, results)), tuple(None if g is None else g.reshape(-1) for g in gradients)
+    gradient: Tensor = _path(impl, logits).backward(*arguments, known, given)
     return gradient.view(logits.shape)
 
 

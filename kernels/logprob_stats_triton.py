@@ -388,10 +388,10 @@ def forward(
     slice_size = ceil_div(ceil_div(vocab, splits), block) * block
     splits = ceil_div(vocab, slice_size)
     sums = new(rows, splits, 4)
-    shape = (vocab, inner, logits.stride(0), logits.stride(1), temperature.dim(), ignore_index, splits)
-    launch(partial, rows * splits, logits, labels, temperature, sums, *shape, slice_size)
+    layout = (vocab, inner, logits.stride(0), logits.stride(1), temperature.dim(), ignore_index, splits)
+    launch(partial, rows * splits, logits, labels, temperature, sums, *layout, slice_size)
     merged = for_merge(logits.dtype, entropy, squares)
-    launch(merged, ceil_div(rows, MERGE_ROWS), logits, labels, temperature, sums, *outputs, rows, *shape)
+    launch(merged, ceil_div(rows, MERGE_ROWS), logits, labels, temperature, sums, *outputs, rows, *layout)
     return outputs
 
 
@@ -400,18 +400,18 @@ def backward(
     labels: Tensor,
     temperature: Tensor,
     ignore_index: int,
-    statistics: tuple[Tensor, ...],
+    results: tuple[Tensor, ...],
     gradients: tuple[Tensor | None, ...],
 ) -> Tensor:
     """Gradient with respect to the logits, ``[outer, inner, V]``, contiguous.
 
     Args:
-        logits: as in `forward`, like the next three.
-        labels: ...
-        temperature: ...
-        ignore_index: ...
-        statistics: the six outputs of `forward`.
-        gradients: of the first four of them, ``[rows]`` or None.
+        logits: as in `forward`.
+        labels: as in `forward`.
+        temperature: as in `forward`.
+        ignore_index: as in `forward`.
+        results: all six of `forward`, contiguous.
+        gradients: of the first four of them, ``[rows]`` of any stride, or None.
     """
     outer, inner, vocab = logits.shape
     gradient = torch.empty(outer, inner, vocab, device=logits.device, dtype=logits.dtype)
@@ -422,8 +422,8 @@ def backward(
     squares = gradients[2] is not None or gradients[3] is not None
     configuration = for_grad_logits(logits.dtype, is_aligned(logits), entropy=gradients[1] is not None, squares=squares)
     programs = outer * inner * ceil_div(vocab, GRAD_BLOCK)
-    shape = (vocab, inner, logits.stride(0), logits.stride(1), temperature.dim())
+    layout = (vocab, inner, logits.stride(0), logits.stride(1), temperature.dim())
     strides = [g.stride(0) for g in given]
-    arguments = (logits, labels, temperature, *statistics, *given, gradient, *shape, *strides, ignore_index)
+    arguments = (logits, labels, temperature, *results, *given, gradient, *layout, *strides, ignore_index)
     launch(configuration, programs, *arguments)
     return gradient

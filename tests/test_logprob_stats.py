@@ -193,6 +193,21 @@ def test_strides_do_not_matter(impl, name):
     assert_gradient_close(gradient, true)
 
 
+@both
+def test_strides_of_labels_temperature_and_gradient_do_not_matter(impl):
+    logits, labels = random_rows(10, 1003)
+    labels[:] = labels[0]
+    temperature, factors = torch.rand(20, device=DEVICE) + 0.5, torch.randn(4, 20, device=DEVICE)
+    for index, t, f in (
+        (labels[:1].expand(10), temperature[:1].expand(10), factors[:, :1].expand(4, 10)),
+        (labels.repeat_interleave(2)[::2], temperature[::2], factors[:, ::2]),
+    ):
+        got = logprob_stats(logits, index, t, impl=impl)
+        assert_close(got, logprob_stats_reference(logits, index, t))
+        gradient = gradients(lambda *a: logprob_stats(*a, impl=impl), logits, index, t, f)
+        assert_gradient_close(gradient, gradients(logprob_stats_reference, logits.double(), index, t, f))
+
+
 def test_only_strides_that_allow_no_view_are_copied():
     x = torch.randn(3, 5, 7, 16)
     for view in (x, x[:, 0], x[:, :-1, 0], x[..., :9], x[0, 0, 0]):
