@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 
-def test_the_readme_example_runs(capsys):
+def test_the_readme_examples_run(capsys):
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    [code] = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    exec(code, {})
+    loop, kernel = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    exec(loop, {})
     assert "'observations': 1.0" in capsys.readouterr().out
+    exec(kernel, {})
