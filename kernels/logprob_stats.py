@@ -7,7 +7,6 @@ paths are next door: ``logprob_stats_torch``, and ``logprob_stats_triton``, impo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from types import ModuleType
 from typing import Any, NamedTuple, cast
@@ -113,8 +112,9 @@ def _divisor(temperature: float | Tensor, logits: Tensor) -> Tensor:
     """The temperature as ``[]`` or ``[...]``, in the dtype of the arithmetic, on the device of the logits."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if not isinstance(temperature, Tensor):
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature: expected a positive finite number, got {temperature!r}")
+        limits = torch.finfo(dtype)
+        if not limits.tiny <= temperature <= limits.max:
+            raise ValueError(f"temperature: expected a positive finite number of {dtype}, got {temperature!r}")
         return torch.full((), temperature, dtype=dtype, device=logits.device)
     if temperature.dim() and temperature.shape != logits.shape[:-1]:
         expected = f"a number or the shape of labels, {list(logits.shape[:-1])}"
@@ -173,7 +173,7 @@ def logprob_stats_cost(
 
     Returns:
         Forward: each logit and label read once, a float32 written per output. Backward: each logit read and each
-        gradient written once, label, outputs, log-sum-exp and the incoming gradients read.
+        gradient written once, label, outputs, log-sum-exp in two parts and the incoming gradients read.
 
     Example:
         >>> cost = logprob_stats_cost(8192, 151_936, torch.bfloat16)
@@ -182,7 +182,7 @@ def logprob_stats_cost(
     """
     entropy, squares = "entropy" in outputs, "sum_p_squared" in outputs or "grad_norm_squared" in outputs
     if backward:  # fma, exp2, factor and product, scale; two fma more
-        flops, nbytes = 5 + 2 * entropy + 2 * squares, 2 * vocab * dtype.itemsize + 8 + 4 * (2 * len(outputs) + 1)
+        flops, nbytes = 5 + 2 * entropy + 2 * squares, 2 * vocab * dtype.itemsize + 8 + 4 * (2 * len(outputs) + 2)
     else:  # max, fma, exp2, sum; an fma each
         flops, nbytes = 5 + 2 * entropy + 2 * squares, vocab * dtype.itemsize + 8 + 4 * len(outputs)
     return Cost(rows * nbytes, rows * vocab * flops)
@@ -208,12 +208,16 @@ def _flat(x: Tensor) -> Tensor:
 @torch.library.custom_op(
     "snr_optim::logprob_stats",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, bool entropy, bool squares, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_ARGUMENTS}, bool entropy, bool squares, str impl) -> (" + ", ".join(["Tensor"] * 7) + ")",
 )
 def _forward(
     logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int, entropy: bool, squares: bool, impl: str
 ) -> tuple[Tensor, ...]:
-    """The four statistics, log-sum-exp and ``1 - p_y``; with a last dimension of 0 where not asked for."""
+    """The four statistics, with a last dimension of 0 where not asked for, and what the backward pass needs of a row.
+
+    That is log-sum-exp in two parts, a reference near the largest logit and the rest, in units of the path's own, so
+    that neither large logits nor low temperatures cost the gradient any digits; and ``1 - p_y``.
+    """
     arguments = (as_rows(logits), _flat(labels), _flat(temperature) if temperature.dim() else temperature, ignore_index)
     results = _path(impl, logits).forward(*arguments, entropy, squares)
     shapes = _result_shapes(labels, entropy, squares)
@@ -221,7 +225,7 @@ def _forward(
 
 
 def _result_shapes(labels: Tensor, entropy: bool, squares: bool) -> list[tuple[int, ...]]:
-    return [(*labels.shape, *(() if asked else (0,))) for asked in (True, entropy, squares, squares, True, True)]
+    return [(*labels.shape, *(() if asked else (0,))) for asked in (True, entropy, squares, squares, *[True] * 3)]
 
 
 @_forward.register_fake
@@ -290,7 +294,7 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, dims: Any, *inputs: Any) -> Any:
-        return _Statistics.apply(*_batched(info, dims, inputs)), (0,) * 6  # type: ignore[no-untyped-call]
+        return _Statistics.apply(*_batched(info, dims, inputs)), (0,) * 7  # type: ignore[no-untyped-call]
 
 
 class _Gradient(torch.autograd.Function):
@@ -300,8 +304,8 @@ class _Gradient(torch.autograd.Function):
     def forward(
         logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int, impl: str, *tensors: Tensor | None
     ) -> Any:
-        results = cast("list[Tensor]", list(tensors[:6]))
-        return _backward(logits, labels, temperature, ignore_index, results, list(tensors[6:]), impl)
+        results = cast("list[Tensor]", list(tensors[:7]))
+        return _backward(logits, labels, temperature, ignore_index, results, list(tensors[7:]), impl)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

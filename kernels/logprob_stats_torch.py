@@ -20,7 +20,7 @@ FAR_BELOW = -1e4  # exp of it is 0; stands in for z = -inf where p * z must be 0
 def forward(
     logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int, entropy: bool, squares: bool
 ) -> tuple[Tensor, ...]:
-    """log_prob, entropy, sum_p_squared, grad_norm_squared, log_sum_exp and ``1 - p_y``, ``[rows]`` each.
+    """log_prob, entropy, sum_p_squared, grad_norm_squared, reference, log_total, ``1 - p_y``, ``[rows]`` each.
 
     Args:
         logits: ``[outer, inner, V]``.
@@ -31,7 +31,7 @@ def forward(
         squares: whether to compute sum_p_squared and grad_norm_squared; else empty.
     """
     rows, vocab = labels.numel(), logits.shape[-1]
-    sizes = (rows, rows * entropy, rows * squares, rows * squares, rows, rows)
+    sizes = (rows, rows * entropy, rows * squares, rows * squares, rows, rows, rows)
     results = tuple(torch.zeros(size, dtype=temperature.dtype, device=logits.device) for size in sizes)
     buffers = torch.empty(2, chunk_rows(logits), vocab, dtype=temperature.dtype, device=logits.device)
     for where, some in row_chunks(logits):
@@ -45,7 +45,7 @@ def forward(
         z.scatter_(-1, row.label, -math.inf)  # the label stays out of the sums: nothing to cancel
         e = torch.exp(z, out=buffers[1][: len(some)])
         sums = Sums(
-            reference=reference * row.scale,
+            reference=reference,
             label=own,
             others=e.sum(-1, keepdim=True),
             squares=torch.linalg.vecdot(e, e).unsqueeze(-1) if squares else None,
@@ -85,9 +85,9 @@ def backward(
         if row.nothing_to_do():
             target.zero_()
             continue
-        log_p_y, h, s2, w, log_sum_exp, q = ((x if x.numel() else nothing)[where, None] for x in results)
+        log_p_y, h, s2, w, reference, log_total, q = ((x if x.numel() else nothing)[where, None] for x in results)
         g_log_prob, g_entropy, g_s2, g_w = (row.scale * (nothing if g is None else g)[where, None] for g in gradients)
-        log_p = buffers[0][: len(some)].copy_(some).mul_(row.scale).sub_(log_sum_exp)
+        log_p = buffers[0][: len(some)].copy_(some).sub_(reference).mul_(row.scale).sub_(log_total)
         p = torch.exp(log_p, out=buffers[1][: len(some)])
         # dx = p (bias - g_H log p + slope p), but for the label
         excess = torch.where(q < 0.5, w - q, s2 - log_p_y.exp())  # s2 - p_y, from whichever are small numbers
@@ -144,7 +144,7 @@ class Rows(NamedTuple):
 class Sums(NamedTuple):
     """The label, and sums over all other tokens; ``z`` is relative to the largest of them all."""
 
-    reference: Tensor
+    reference: Tensor  # the largest logit: z = (logit - reference) / temperature
     label: Tensor  # z_y
     others: Tensor  # sum exp z
     squares: Tensor | None  # sum exp 2z
@@ -162,5 +162,5 @@ class Sums(NamedTuple):
             squares = self.squares / total.square()
             sum_p_squared = squares + (own / total).square()
             grad_norm_squared = squares + complement.square()
-        log_sum_exp = self.reference + log_total
-        return self.label - log_total, entropy, sum_p_squared, grad_norm_squared, log_sum_exp, complement
+        log_prob = self.label - log_total
+        return log_prob, entropy, sum_p_squared, grad_norm_squared, self.reference, log_total, complement

@@ -152,7 +152,8 @@ def merge(
     entropy,
     sum_p_squared,
     grad_norm_squared,
-    log_sum_exp,
+    reference_of_row,
+    log2_total,
     complement,
     rows: tl.int32,
     vocab: tl.int32,
@@ -201,7 +202,8 @@ def merge(
 
     q = others / total  # 1 - p_y
     tl.store(log_prob + row, tl.where(ignored, 0.0, z * LN_2 - log_total), mask=here)
-    tl.store(log_sum_exp + row, tl.where(ignored, 0.0, (reference + up) * LN_2 + log_total), mask=here)
+    tl.store(reference_of_row + row, tl.where(ignored, 0.0, reference), mask=here)
+    tl.store(log2_total + row, tl.where(ignored, 0.0, up + log_total * LOG2_E), mask=here)
     tl.store(complement + row, tl.where(ignored, 0.0, q), mask=here)
     if ENTROPY:
         mean = (weighted + own * tl.maximum(z, FAR_BELOW)) / total
@@ -222,7 +224,8 @@ def grad_logits(
     entropy,
     sum_p_squared,
     grad_norm_squared,
-    log_sum_exp,
+    reference_of_row,
+    log2_total,
     complement,
     grad_log_prob,
     grad_entropy,
@@ -283,7 +286,7 @@ def grad_logits(
     at_label = (1 - q) * at_label + g * q
 
     x = tl.load(logits + offsets, mask=inside, other=0.0).to(tl.float32)
-    z = tl.fma(x, scale, tl.load(log_sum_exp + row) * -LOG2_E)
+    z = tl.fma(x, scale, -tl.load(reference_of_row + row)) - tl.load(log2_total + row)  # log2 p
     p = tl.exp2(z)
     factor = tl.full([BLOCK], 0.0, tl.float32) + bias
     if ENTROPY:
@@ -365,7 +368,7 @@ def forward(
     squares: bool,
     splits: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """log_prob, entropy, sum_p_squared, grad_norm_squared, log_sum_exp and 1 - p_y, ``[rows]`` each.
+    """log_prob, entropy, sum_p_squared, grad_norm_squared, reference, log2_total, ``1 - p_y``, ``[rows]`` each.
 
     Args:
         logits: ``[outer, inner, V]``, last stride 1.
@@ -379,7 +382,7 @@ def forward(
     outer, inner, vocab = logits.shape
     rows = outer * inner
     new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
-    outputs = (new(rows), new(rows * entropy), *(new(rows * squares) for _ in range(2)), new(rows), new(rows))
+    outputs = (new(rows), new(rows * entropy), *(new(rows * squares) for _ in range(2)), *(new(rows) for _ in range(3)))
     if rows == 0:
         return outputs
     partial = for_partial_sums(logits.dtype, is_aligned(logits), entropy, squares)
@@ -410,7 +413,7 @@ def backward(
         labels: as in `forward`.
         temperature: as in `forward`.
         ignore_index: as in `forward`.
-        results: all six of `forward`, contiguous.
+        results: all seven of `forward`, contiguous.
         gradients: of the first four of them, ``[rows]`` of any stride, or None.
     """
     outer, inner, vocab = logits.shape
