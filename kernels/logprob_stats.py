@@ -56,22 +56,24 @@ def logprob_stats(
     time: neither makes a float32 copy of the logits. No value is read back from a GPU.
 
     The gradient with respect to the logits exists for all four outputs, in reverse mode and once: for forward-mode
-    or second derivatives use :func:`logprob_stats_reference`. ``torch.compile``, ``vmap`` and ``torch.func.grad``
-    work.
+    or second derivatives use :func:`logprob_stats_reference`. ``torch.compile`` works, and so do ``torch.func.vmap``,
+    ``grad`` and ``jacrev``, but neither inside the other, nor ``is_grads_batched``. On a GPU few rows are summed in
+    more slices than many: the same row in another batch may differ by rounding.
 
     Args:
         logits: ``[..., V]``, any floating dtype, any strides; ``-inf`` for tokens that cannot be. With a last stride
             other than 1, or leading dimensions that no two strides describe, a contiguous copy is made.
         labels: ``[...]`` integers in ``[0, V)``, or ``ignore_index``.
         temperature: positive divisor of the logits: a number, or a tensor, ``[]`` or ``[...]``, without gradient.
-        ignore_index: label of the rows to leave out: all outputs and gradients 0, logits not read.
+        ignore_index: label of the rows to leave out: all outputs and gradients 0, logits not read. Masking the outputs
+            of rows with another label outside ``[0, V)`` is not enough: their gradient stays NaN.
         outputs: names of the statistics to compute; the others are ``None`` and cost nothing.
         impl: ``"torch"`` or ``"triton"`` to insist on one.
 
     Returns:
         float32 tensors (float64 for float64 logits), whatever the dtype of the logits. Rows that have no answer are
         NaN in all outputs and in the gradient, and do not touch the others: NaN or ``+inf`` among the logits, none
-        above ``-inf`` (or below -1e30 all), a label outside ``[0, V)``, an entry of a temperature tensor that is not
+        above ``-inf``, a label outside ``[0, V)``, an entry of a temperature tensor that is not
         positive and finite. (Nothing is raised for those, as it would take waiting for the GPU.)
 
     Raises:
@@ -97,8 +99,10 @@ def logprob_stats(
         )
     if labels.device != logits.device:
         raise ValueError(f"labels: expected the device of logits, {logits.device}, got {labels.device}")
-    unknown = set(outputs) - set(LogprobStats._fields) if not isinstance(outputs, str) else {outputs}
-    if unknown:
+    if isinstance(outputs, str):
+        raise ValueError(f"outputs: expected a list of names, got the string {outputs!r}")
+    outputs = frozenset(outputs)
+    if unknown := outputs - set(LogprobStats._fields):
         raise ValueError(f"outputs: expected some of {list(LogprobStats._fields)}, got {sorted(unknown)}")
     squares = "sum_p_squared" in outputs or "grad_norm_squared" in outputs
     divisor = _divisor(temperature, logits)
@@ -221,7 +225,9 @@ def _forward(
     arguments = (as_rows(logits), _flat(labels), _flat(temperature) if temperature.dim() else temperature, ignore_index)
     results = _path(impl, logits).forward(*arguments, entropy, squares)
     shapes = _result_shapes(labels, entropy, squares)
-    return tuple(result.view(shape) for result, shape in zip(results, shapes, strict=True))
+    return tuple(
+        result.resize_(shape) for result, shape in zip(results, shapes, strict=True)
+    )  # not views: users may write
 
 
 def _result_shapes(labels: Tensor, entropy: bool, squares: bool) -> list[tuple[int, ...]]:

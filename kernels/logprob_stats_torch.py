@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 20  # logits at a time: two float32 buffers of 4 MB
-LOWEST = -1e30  # the least reference: finite, so that -inf minus it is -inf
 FAR_BELOW = -1e4  # exp of it is 0; stands in for z = -inf where p * z must be 0 and not NaN
 
 
@@ -39,18 +38,16 @@ def forward(
         if row.nothing_to_do():
             continue
         z = buffers[0][: len(some)].copy_(some)
-        reference = z.amax(-1, keepdim=True).clamp_min_(LOWEST)
+        reference = z.amax(-1, keepdim=True).clamp_min_(
+            torch.finfo(z.dtype).min
+        )  # finite, so that -inf minus it is -inf
         z.sub_(reference).mul_(row.scale)
         own = torch.where(row.valid, z.gather(-1, row.label), math.nan)
         z.scatter_(-1, row.label, -math.inf)  # the label stays out of the sums: nothing to cancel
         e = torch.exp(z, out=buffers[1][: len(some)])
-        sums = Sums(
-            reference=reference,
-            label=own,
-            others=e.sum(-1, keepdim=True),
-            squares=torch.linalg.vecdot(e, e).unsqueeze(-1) if squares else None,
-            weighted=torch.linalg.vecdot(e, z.clamp_min_(FAR_BELOW)).unsqueeze(-1) if entropy else None,
-        )
+        others = e.sum(-1, keepdim=True)
+        weighted = z.clamp_min_(FAR_BELOW).mul_(e).sum(-1, keepdim=True) if entropy else None
+        sums = Sums(reference, own, others, e.square_().sum(-1, keepdim=True) if squares else None, weighted)
         for result, value in zip(results, sums.finish(), strict=True):
             if value is not None:
                 result[where] = value.masked_fill_(row.ignored, 0.0).squeeze(-1)
@@ -90,14 +87,15 @@ def backward(
         log_p = buffers[0][: len(some)].copy_(some).sub_(reference).mul_(row.scale).sub_(log_total)
         p = torch.exp(log_p, out=buffers[1][: len(some)])
         # dx = p (bias - g_H log p + slope p), but for the label
-        excess = torch.where(q < 0.5, w - q, s2 - log_p_y.exp())  # s2 - p_y, from whichever are small numbers
+        p_y = torch.where(q < 0.5, 1 - q, log_p_y.exp())
+        excess = torch.where(q < 0.5, w - q, s2 - p_y)  # s2 - p_y, from whichever are small numbers
         bias = -g_log_prob - g_entropy * h - 2 * (g_s2 * s2 + g_w * excess)
         d = log_p.clamp_min_(FAR_BELOW).mul_(-g_entropy) if entropy else log_p.zero_()
         if squares:
             d.addcmul_(p, 2 * (g_s2 + g_w))
         d.add_(bias).mul_(p)
         at_label = -2 * (g_s2 * excess + g_w * w) - g_entropy * (log_p_y.clamp_min(FAR_BELOW) + h)
-        target.copy_(d.scatter_(-1, row.label, (1 - q) * at_label + q * g_log_prob))
+        target.copy_(d.scatter_(-1, row.label, p_y * at_label + q * g_log_prob))
         if row.mixed():
             target.masked_fill_(row.ignored, 0.0)
     return result
@@ -153,11 +151,13 @@ class Sums(NamedTuple):
     def finish(self) -> tuple[Tensor | None, ...]:
         own = self.label.exp()
         total = self.others + own
+        total.masked_fill_(total == 0, math.nan)  # no token can be
         log_total = torch.where(self.label == 0, self.others.log1p(), total.log())
         complement = self.others / total
         entropy = sum_p_squared = grad_norm_squared = None
         if self.weighted is not None:
             entropy = log_total - (self.weighted + own * self.label.clamp_min(FAR_BELOW)) / total
+            entropy.clamp_min_(0.0)  # by rounding, where one token has all
         if self.squares is not None:
             squares = self.squares / total.square()
             sum_p_squared = squares + (own / total).square()

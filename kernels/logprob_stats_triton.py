@@ -2,11 +2,10 @@
 
 Forward, two launches: `partial_sums` reads each logit once and leaves four numbers per row and slice of the
 vocabulary, `merge` joins the slices with the label. Backward, one launch: `grad_logits` reads and writes each logit
-once. Everything is base 2 inside: ``z = logit * log2(e) / temperature``.
+once. Everything is base 2 inside: ``z = (logit - reference) * log2(e) / temperature``.
 
-The label stays out of the sums until `merge`, so ``1 - p_y`` is a sum of positive terms and never a difference.
-Sums are kept relative to an *integer* reference ``R = ceil(max z)``: ``z - R`` is one exactly rounded fused
-multiply-add, and moving to a new reference multiplies by an exact power of two.
+The label stays out of the sums until `merge`, so ``1 - p_y`` is a sum of positive terms and never a difference. Logits
+are taken relative to the largest seen before they are scaled, so neither their size nor the temperature costs digits.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-NOTHING_YET = tl.constexpr(-1e30)  # the reference of an empty sum: finite, so that 0 * shift is 0 and not NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the reference of an empty sum: finite, so that -inf minus it is -inf
 FAR_BELOW = tl.constexpr(-1e4)  # exp2 of it is 0; stands in for z = -inf where p * z must be 0 and not NaN
 
 THREADS = 256  # per program, on every target
@@ -54,10 +53,10 @@ def log1p(u):
 @triton.jit
 def add_logits(x, scale, reference, total, squares, weighted, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
     """Add ``x [LANES, WIDTH]`` to the running sums of each lane: no thread waits for another."""
-    new = tl.maximum(reference, tl.ceil(tl.max(x, axis=1) * scale))
-    z = tl.fma(x, scale, -new[:, None])
+    new = tl.maximum(reference, tl.max(x, axis=1))
+    z = (x - new[:, None]) * scale
     e = tl.exp2(z)
-    shift = reference - new
+    shift = tl.maximum((reference - new) * scale, FAR_BELOW)
     rescale = tl.exp2(shift)
     if ENTROPY:
         weighted = rescale * (weighted + total * shift) + tl.sum(e * tl.maximum(z, FAR_BELOW), axis=1)
@@ -67,10 +66,10 @@ def add_logits(x, scale, reference, total, squares, weighted, ENTROPY: tl.conste
 
 
 @triton.jit
-def join(reference, total, squares, weighted, axis: tl.constexpr):
+def join(reference, total, squares, weighted, scale, axis: tl.constexpr):
     """The sums of several parts, relative to the highest of their references."""
     highest = tl.max(reference, axis=axis, keep_dims=True)
-    shift = reference - highest
+    shift = tl.maximum((reference - highest) * scale, FAR_BELOW)
     rescale = tl.exp2(shift)
     return (
         tl.max(reference, axis=axis),
@@ -100,7 +99,7 @@ def partial_sums(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """R and the sums of ``e = 2^(z - R)``, ``e^2`` and ``e (z - R)`` over one slice of one row, but for the label."""
+    """Over one slice of one row, but for the label: its largest logit and the sums of ``e = 2^z``, ``e^2``, ``e z``."""
     row = (tl.program_id(0) // splits).to(tl.int64)
     part = tl.program_id(0) % splits
     label = tl.load(labels + row)
@@ -119,7 +118,7 @@ def partial_sums(
     if ALIGNED:
         logits, begin, end = tl.multiple_of(logits, 16), tl.multiple_of(begin, 16), tl.multiple_of(end, 16)
 
-    reference = tl.full([LANES], NOTHING_YET, tl.float32)
+    reference = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     squares = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
@@ -134,7 +133,7 @@ def partial_sums(
             x, scale, reference, total, squares, weighted, ENTROPY, SQUARES
         )
 
-    reference, total, squares, weighted = join(reference, total, squares, weighted, 0)
+    reference, total, squares, weighted = join(reference, total, squares, weighted, scale, 0)
     sums += (row * splits + part) * 4
     tl.store(sums, reference)
     tl.store(sums + 1, total)
@@ -182,32 +181,36 @@ def merge(
     each = (row[:, None] * splits + part[None, :]) * 4
     known = (here & ~ignored)[:, None] & (part < splits)[None, :]
     reference, total, squares, weighted = join(
-        tl.load(sums + each, mask=known, other=NOTHING_YET),
+        tl.load(sums + each, mask=known, other=LOWEST),
         tl.load(sums + each + 1, mask=known, other=0.0),
         tl.load(sums + each + 2, mask=known, other=0.0),
         tl.load(sums + each + 3, mask=known, other=0.0),
+        scale[:, None],
         1,
     )
-    z = tl.fma(x, scale, -reference)  # of the label
-    leads = z >= 0  # above all others: the reference of what follows
-    up = tl.where(leads, z, 0.0)
-    z -= up
-    rescale = tl.exp2(-up)
-    weighted = rescale * (weighted - total * up)
+    leads = x >= reference
+    highest = tl.where(leads, x, reference)
+    shift = tl.maximum((reference - highest) * scale, FAR_BELOW)
+    rescale = tl.exp2(shift)
+    weighted = rescale * (weighted + total * shift)
     squares *= rescale * rescale
     others = rescale * total
-    own = tl.exp2(z)
+    z = (x - highest) * (scale * LN_2)  # of the label, in nats: base 2 would overflow before float32 does
+    own = tl.exp2(z * LOG2_E)
     total = others + own
+    total = tl.where(total == 0, float("nan"), total)  # no token can be
     log_total = tl.where(leads, log1p(others), tl.log(total))
 
     q = others / total  # 1 - p_y
-    tl.store(log_prob + row, tl.where(ignored, 0.0, z * LN_2 - log_total), mask=here)
-    tl.store(reference_of_row + row, tl.where(ignored, 0.0, reference), mask=here)
-    tl.store(log2_total + row, tl.where(ignored, 0.0, up + log_total * LOG2_E), mask=here)
+    tl.store(log_prob + row, tl.where(ignored, 0.0, z - log_total), mask=here)
+    tl.store(reference_of_row + row, tl.where(ignored, 0.0, highest), mask=here)
+    tl.store(log2_total + row, tl.where(ignored, 0.0, log_total * LOG2_E), mask=here)
     tl.store(complement + row, tl.where(ignored, 0.0, q), mask=here)
     if ENTROPY:
-        mean = (weighted + own * tl.maximum(z, FAR_BELOW)) / total
-        tl.store(entropy + row, tl.where(ignored, 0.0, log_total - mean * LN_2), mask=here)
+        mean = (weighted * LN_2 + own * tl.maximum(z, FAR_BELOW)) / total
+        h = log_total - mean
+        h = tl.where(h < 0, 0.0, h)  # by rounding, where one token has all
+        tl.store(entropy + row, tl.where(ignored, 0.0, h), mask=here)
     if SQUARES:
         tl.store(sum_p_squared + row, tl.where(ignored, 0.0, (squares + own * own) / (total * total)), mask=here)
         norm = q * q + squares / (total * total)
@@ -268,6 +271,7 @@ def grad_logits(
     g = tl.load(grad_log_prob + row * stride_grad_log_prob)
     q = tl.load(complement + row)
     log_p_y = tl.load(log_prob + row)
+    p_y = tl.where(q < 0.5, 1 - q, tl.exp(log_p_y))
     bias = -g
     at_label = 0.0
     if ENTROPY:
@@ -280,13 +284,13 @@ def grad_logits(
         g_norm = 2 * tl.load(grad_norm + row * stride_grad_norm)
         w = tl.load(grad_norm_squared + row)
         s2 = tl.load(sum_p_squared + row)
-        excess = tl.where(q < 0.5, w - q, s2 - tl.exp(log_p_y))  # s2 - p_y, from whichever are small numbers
+        excess = tl.where(q < 0.5, w - q, s2 - p_y)  # s2 - p_y, from whichever are small numbers
         bias -= g_squares * s2 + g_norm * excess
         at_label -= g_squares * excess + g_norm * w
-    at_label = (1 - q) * at_label + g * q
+    at_label = p_y * at_label + g * q
 
     x = tl.load(logits + offsets, mask=inside, other=0.0).to(tl.float32)
-    z = tl.fma(x, scale, -tl.load(reference_of_row + row)) - tl.load(log2_total + row)  # log2 p
+    z = (x - tl.load(reference_of_row + row)) * scale - tl.load(log2_total + row)  # log2 p
     p = tl.exp2(z)
     factor = tl.full([BLOCK], 0.0, tl.float32) + bias
     if ENTROPY:

@@ -45,7 +45,9 @@ def logit_grad_norms(
     if mask is not None:
         if mask.shape != labels.shape:
             raise ValueError(f"mask: expected the shape of labels, {list(labels.shape)}, got {list(mask.shape)}")
-        labels = torch.where(mask.bool(), labels.long(), IGNORED)
+        labels = torch.where(mask.bool(), labels, torch.full_like(labels, IGNORED, dtype=torch.long))
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach()
     with torch.no_grad():
         wanted = ["grad_norm_squared"]
         return logprob_stats(logits, labels, temperature, ignore_index=IGNORED, outputs=wanted).grad_norm_squared
