@@ -341,6 +341,26 @@ def test_nothing_waits_for_the_gpu_and_a_graph_can_be_captured():
     assert torch.equal(leaf.grad, expected)
 
 
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+def test_what_a_launch_is_chosen_by(monkeypatch):
+    from snr_optim.kernels import logprob_stats_triton as kernels
+
+    x = torch.empty(4, 8, 64, dtype=torch.bfloat16)
+    assert kernels.is_aligned(x)
+    assert kernels.is_aligned(x[:, :-1])
+    assert not any(
+        map(kernels.is_aligned, (x[..., 1:], x[..., :63], torch.empty(1, 2, 63), x.view(1, 32, 64)[..., 3:51]))
+    )
+
+    class H200:
+        multi_processor_count = 132
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H200)
+    splits = [kernels.choose_splits(rows, 151_936, 2048, torch.device("cuda")) for rows in (1, 64, 1000, 4224, 8192)]
+    assert splits == [37, 37, 5, 1, 1]  # no slice under two blocks; one where the rows are enough
+    assert kernels.choose_splits(1, 1000, 2048, torch.device("cuda")) == 1
+
+
 # ------------------------------------------------------------------------- the torch path, and what torch makes of ops
 @settings(max_examples=60, deadline=None)
 @given(
