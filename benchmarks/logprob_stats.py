@@ -148,7 +148,7 @@ def worst_error(which: Implementation, logits: Tensor, labels: Tensor, rows: int
     with torch.no_grad():
         got = dict(zip(which.outputs, which.call(some, index), strict=True))
     errors = [(value.double() - getattr(reference, name)) / getattr(reference, name) for name, value in got.items()]
-    return max(error.abs().max().item() for error in errors)
+    return torch.stack([error.abs().max() for error in errors]).max().item()  # NaN if any is
 
 
 def measure(which: Implementation, logits: Tensor, labels: Tensor, limits: Limits, seconds: float) -> list[Row]:

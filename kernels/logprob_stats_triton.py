@@ -199,7 +199,7 @@ def merge(
     own = tl.exp2(z * LOG2_E)
     total = others + own
     total = tl.where(total == 0, float("nan"), total)  # no token can be
-    log_total = tl.where(leads, log1p(others), tl.log(total))
+    log_total = tl.where(z == 0, log1p(others), tl.log(total))  # z is NaN where the label is +inf
 
     q = others / total  # 1 - p_y
     tl.store(log_prob + row, tl.where(ignored, 0.0, z - log_total), mask=here)

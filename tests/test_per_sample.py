@@ -92,6 +92,12 @@ def test_masked_tokens_are_not_read():
         assert torch.equal(logit_grad_norms(logits, labels.clamp_min(0).to(torch.uint8), mask), expected * mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_labels_are_checked_under_a_mask_too(dtype):
+    with pytest.raises(TypeError, match="labels"):
+        logit_grad_norms(torch.ones(2, 3), torch.ones(2, dtype=dtype), mask=torch.ones(2))
+
+
 def test_bad_mask_is_named():
     with pytest.raises(ValueError, match="mask"):
         logit_grad_norms(torch.ones(2, 3), torch.zeros(2, dtype=torch.long), mask=torch.ones(3))

@@ -45,6 +45,8 @@ def logit_grad_norms(
     if mask is not None:
         if mask.shape != labels.shape:
             raise ValueError(f"mask: expected the shape of labels, {list(labels.shape)}, got {list(mask.shape)}")
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise TypeError(f"labels: expected integers, got {labels.dtype}")
         labels = torch.where(mask.bool(), labels, torch.full_like(labels, IGNORED, dtype=torch.long))
     if isinstance(temperature, Tensor):
         temperature = temperature.detach()
