@@ -37,14 +37,14 @@ def forward(
         row = Rows.of(labels, temperature, where, vocab, ignore_index)
         if row.nothing_to_do():
             continue
-        z = buffers[0][: len(some)].copy_(some)
+        z = copied(buffers[0], some)
         reference = z.amax(-1, keepdim=True).clamp_min_(
             torch.finfo(z.dtype).min
         )  # finite, so that -inf minus it is -inf
         z.sub_(reference).mul_(row.scale)
         own = torch.where(row.valid, z.gather(-1, row.label), math.nan)
         z.scatter_(-1, row.label, -math.inf)  # the label stays out of the sums: nothing to cancel
-        e = torch.exp(z, out=buffers[1][: len(some)])
+        e = torch.exp(z, out=buffers[1][: len(z)])
         others = e.sum(-1, keepdim=True)
         weighted = z.clamp_min_(FAR_BELOW).mul_(e).sum(-1, keepdim=True) if entropy else None
         sums = Sums(reference, own, others, e.square_().sum(-1, keepdim=True) if squares else None, weighted)
@@ -84,8 +84,8 @@ def backward(
             continue
         log_p_y, h, s2, w, reference, log_total, q = ((x if x.numel() else nothing)[where, None] for x in results)
         g_log_prob, g_entropy, g_s2, g_w = (row.scale * (nothing if g is None else g)[where, None] for g in gradients)
-        log_p = buffers[0][: len(some)].copy_(some).sub_(reference).mul_(row.scale).sub_(log_total)
-        p = torch.exp(log_p, out=buffers[1][: len(some)])
+        log_p = copied(buffers[0], some).sub_(reference).mul_(row.scale).sub_(log_total)
+        p = torch.exp(log_p, out=buffers[1][: len(log_p)])
         # dx = p (bias - g_H log p + slope p), but for the label
         p_y = torch.where(q < 0.5, 1 - q, log_p_y.exp())
         excess = torch.where(q < 0.5, w - q, s2 - p_y)  # s2 - p_y, from whichever are small numbers
@@ -102,17 +102,28 @@ def backward(
 
 
 def row_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows of ``[outer, inner, V]`` at a time, and their places among all ``outer * inner``."""
+    """Some rows of ``[outer, inner, V]`` at a time, ``[a, b, V]``, and their places among all ``outer * inner``."""
     outer, inner, _ = logits.shape
     size = chunk_rows(logits)
-    for o in range(outer):
-        for start in range(0, inner, max(1, size)):
-            stop = min(start + size, inner)
-            yield slice(o * inner + start, o * inner + stop), logits[o, start:stop]
+    whole = max(1, size // max(1, inner))  # outer slices at a time: one where not even one fits
+    for o in range(0, outer, whole):
+        some = logits[o : o + whole]
+        step = size if whole == 1 else inner
+        for start in range(0, inner, max(1, step)):
+            part = some[:, start : start + step]
+            first = o * inner + start
+            yield slice(first, first + part.shape[0] * part.shape[1]), part
 
 
 def chunk_rows(logits: Tensor) -> int:
-    return min(max(1, CHUNK // logits.shape[-1]), logits.shape[1])
+    return min(max(1, CHUNK // logits.shape[-1]), logits.shape[0] * logits.shape[1])
+
+
+def copied(buffer: Tensor, some: Tensor) -> Tensor:
+    """The logits of a chunk in the dtype of the arithmetic, ``[rows, V]``."""
+    rows = buffer[: some.shape[0] * some.shape[1]]
+    rows.view(some.shape).copy_(some)
+    return rows
 
 
 class Rows(NamedTuple):

@@ -421,6 +421,22 @@ class Largest(TorchDispatchMode):
         return out
 
 
+def test_many_short_slices_are_one_chunk():
+    logits = torch.randn(32, 6, 15)[:, :-1]
+    [(where, some)] = logprob_stats_torch.row_chunks(logits)
+    assert where == slice(0, 160)
+    assert some.shape == logits.shape
+
+
+@pytest.mark.parametrize("chunk", [1, 14, 15, 31, 60, 200])
+def test_chunks_cover_every_row_once(chunk, monkeypatch):
+    monkeypatch.setattr(logprob_stats_torch, "CHUNK", chunk)
+    logits = torch.randn(5, 5, 15)[:, :-1]
+    found = list(logprob_stats_torch.row_chunks(logits))
+    assert torch.equal(torch.cat([some.flatten(0, 1) for _, some in found]), logits.flatten(0, 1))
+    assert [row for where, _ in found for row in range(where.start, where.stop)] == list(range(20))
+
+
 @pytest.mark.parametrize("rows", [16, 64])
 def test_no_float32_copy_of_the_logits(rows):
     vocab = 151_936
