@@ -109,7 +109,7 @@ class Limits(NamedTuple):
 def measure_limits(device: torch.device) -> Limits:
     gpu = device.type == "cuda"
     elements, side, dtype = (1 << 30, 8192, torch.bfloat16) if gpu else (1 << 27, 2048, torch.float32)
-    source = torch.zeros(elements, dtype=dtype, device=device)
+    source = torch.randn(elements, dtype=dtype, device=device)
     target = torch.empty_like(source)
     copy = time_calls(lambda _: target.copy_(source), device, seconds=1.0)
     bandwidth = 2e3 * source.nbytes / copy.median
@@ -120,14 +120,8 @@ def measure_limits(device: torch.device) -> Limits:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What the figures depend on; asked for before the first is measured."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     found = {
-        "commit": git("rev-parse", "--short", "HEAD") + changed,
+        "commit": commit(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -138,6 +132,16 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found |= {"cuda": torch.version.cuda, "hip": torch.version.hip, "cpu": cpu_name()}
     return found
+
+
+def commit() -> str:
+    """The commit that is measured, marked where files were changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
 def version(package: str) -> str | None:
@@ -170,6 +174,10 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     except ImportError:
+        shown = False
+    else:
+        shown = sys.stdout.isatty()
+    if not shown:
         yield lambda text: print(text, file=sys.stderr)
         return
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.harness import ROOT, commit
+
 EXAMPLE = ROOT / "examples" / "qwen3_arithmetic.py"
 METHODS = ("oblr-po", "grpo", "rloo", "reinforce")
 
@@ -35,7 +36,7 @@ def main() -> None:
     result = {
         "command": "python -m benchmarks.lr_ceilings " + " ".join(sys.argv[1:]),
         "environment": {
-            "commit": git("rev-parse", "--short", "HEAD"),
+            "commit": commit(),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {args.jobs} processes of one thread",
@@ -93,10 +94,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axis.legend(frameon=False)
     axis.set_title(f"{result['steps']} steps, mean ± std over seeds {result['seeds']}", fontsize=10)
     figure.savefig(path, dpi=130)
-
-
-def git(*words: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

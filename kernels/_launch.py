@@ -1,4 +1,4 @@
-"""What the ops share: torch or Triton, the layout of rows, and the count of what a launch must move."""
+"""What the ops share: torch or Triton, checks and layout of rows, and the count of what a launch must move."""
 
 from __future__ import annotations
 
@@ -60,6 +60,12 @@ def _why_not_triton(tensor: Tensor) -> str:
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"expected float32, bfloat16 or float16, got {tensor.dtype}"
     return ""
+
+
+def expect_integers(name: str, x: Tensor) -> None:
+    """Raise a TypeError unless ``x`` holds integers."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {x.dtype}")
 
 
 def as_rows(x: Tensor) -> Tensor:

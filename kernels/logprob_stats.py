@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from snr_optim.kernels import logprob_stats_torch
-from snr_optim.kernels._launch import Cost, Impl, as_rows, runs_triton
+from snr_optim.kernels._launch import Cost, Impl, as_rows, expect_integers, runs_triton
 
 
 class LogprobStats(NamedTuple):
@@ -93,8 +93,7 @@ def logprob_stats(
     """
     if not logits.is_floating_point():
         raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels: expected integers, got {labels.dtype}")
+    expect_integers("labels", labels)
     if logits.dim() == 0 or logits.shape[-1] == 0 or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"logits, labels: expected [..., V] and [...], got {list(logits.shape)} and {list(labels.shape)}"
@@ -211,6 +210,11 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1).contiguous()
 
 
+def _as_rows(logits: Tensor, labels: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As both paths take them: ``[outer, inner, V]``, ``[rows]``, and ``[rows]`` or ``[]``."""
+    return as_rows(logits), _flat(labels), _flat(temperature) if temperature.dim() else temperature
+
+
 @torch.library.custom_op(
     "snr_optim::logprob_stats",
     mutates_args=(),
@@ -224,23 +228,22 @@ def _forward(
     That is log-sum-exp in two parts, a reference near the largest logit and the rest, in units of the path's own, so
     that neither large logits nor low temperatures cost the gradient any digits; and ``1 - p_y``.
     """
-    arguments = (as_rows(logits), _flat(labels), _flat(temperature) if temperature.dim() else temperature, ignore_index)
-    results = _path(impl, logits).forward(*arguments, entropy, squares)
-    shapes = _result_shapes(labels, entropy, squares)
-    return tuple(
-        result.resize_(shape) for result, shape in zip(results, shapes, strict=True)
-    )  # not views: users may write
+    results = _empty_results(labels, temperature, entropy, squares)
+    path, arguments = _path(impl, logits), _as_rows(logits, labels, temperature)
+    path.forward(*arguments, ignore_index, [result.view(-1) for result in results], entropy, squares)
+    return results
 
 
-def _result_shapes(labels: Tensor, entropy: bool, squares: bool) -> list[tuple[int, ...]]:
-    return [(*labels.shape, *(() if asked else (0,))) for asked in (True, entropy, squares, squares, *[True] * 3)]
+def _empty_results(labels: Tensor, temperature: Tensor, entropy: bool, squares: bool) -> tuple[Tensor, ...]:
+    asked = (True, entropy, squares, squares, True, True, True)
+    return tuple(temperature.new_empty(labels.shape if each else (*labels.shape, 0)) for each in asked)
 
 
 @_forward.register_fake
 def _(
     logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int, entropy: bool, squares: bool, impl: str
 ) -> tuple[Tensor, ...]:
-    return tuple(temperature.new_empty(shape) for shape in _result_shapes(labels, entropy, squares))
+    return _empty_results(labels, temperature, entropy, squares)
 
 
 @torch.library.custom_op(
@@ -257,9 +260,9 @@ def _backward(
     gradients: list[Tensor | None],
     impl: str,
 ) -> Tensor:
-    arguments = (as_rows(logits), _flat(labels), _flat(temperature) if temperature.dim() else temperature, ignore_index)
-    known, given = tuple(map(_flat, results)), tuple(None if g is None else g.reshape(-1) for g in gradients)
-    gradient: Tensor = _path(impl, logits).backward(*arguments, known, given)
+    path, arguments = _path(impl, logits), _as_rows(logits, labels, temperature)
+    known, given = [_flat(result) for result in results], [None if g is None else g.reshape(-1) for g in gradients]
+    gradient: Tensor = path.backward(*arguments, ignore_index, known, given)
     return gradient.view(logits.shape)
 
 

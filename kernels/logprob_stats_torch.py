@@ -6,7 +6,7 @@ For every device and dtype that torch has. Made for CPUs; on others it is the fa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,30 +17,36 @@ FAR_BELOW = -1e4  # exp of it is 0; stands in for z = -inf where p * z must be 0
 
 
 def forward(
-    logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int, entropy: bool, squares: bool
-) -> tuple[Tensor, ...]:
-    """log_prob, entropy, sum_p_squared, grad_norm_squared, reference, log_total, ``1 - p_y``, ``[rows]`` each.
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    ignore_index: int,
+    results: Sequence[Tensor],
+    entropy: bool,
+    squares: bool,
+) -> None:
+    """Write the four statistics, the two parts of log-sum-exp (reference, log_total) and ``1 - p_y`` to ``results``.
 
     Args:
-        logits: ``[outer, inner, V]``.
-        labels: ``[rows]`` int64.
-        temperature: ``[]`` or ``[rows]``, in the dtype of the arithmetic.
+        logits: ``[outer, inner, V]``, last stride 1.
+        labels: ``[rows]`` int64, contiguous.
+        temperature: ``[]`` or ``[rows]``, in the dtype of the arithmetic, contiguous.
         ignore_index: label of rows that are left out.
-        entropy: whether to compute it; else empty.
-        squares: whether to compute sum_p_squared and grad_norm_squared; else empty.
+        results: seven, ``[rows]``, contiguous, in the dtype of the arithmetic; empty where not asked for.
+        entropy: whether to compute it.
+        squares: whether to compute sum_p_squared and grad_norm_squared.
     """
-    rows, vocab = labels.numel(), logits.shape[-1]
-    sizes = (rows, rows * entropy, rows * squares, rows * squares, rows, rows, rows)
-    results = tuple(torch.zeros(size, dtype=temperature.dtype, device=logits.device) for size in sizes)
+    vocab = logits.shape[-1]
     buffers = torch.empty(2, chunk_rows(logits), vocab, dtype=temperature.dtype, device=logits.device)
     for where, some in row_chunks(logits):
         row = Rows.of(labels, temperature, where, vocab, ignore_index)
         if row.nothing_to_do():
+            for result in results:
+                result[where] = 0.0
             continue
         z = copied(buffers[0], some)
-        reference = z.amax(-1, keepdim=True).clamp_min_(
-            torch.finfo(z.dtype).min
-        )  # finite, so that -inf minus it is -inf
+        lowest = torch.finfo(z.dtype).min  # finite, so that -inf minus it is -inf
+        reference = z.amax(-1, keepdim=True).clamp_min_(lowest)
         z.sub_(reference).mul_(row.scale)
         own = torch.where(row.valid, z.gather(-1, row.label), math.nan)
         z.scatter_(-1, row.label, -math.inf)  # the label stays out of the sums: nothing to cancel
@@ -51,7 +57,6 @@ def forward(
         for result, value in zip(results, sums.finish(), strict=True):
             if value is not None:
                 result[where] = value.masked_fill_(row.ignored, 0.0).squeeze(-1)
-    return results
 
 
 def backward(
@@ -59,10 +64,10 @@ def backward(
     labels: Tensor,
     temperature: Tensor,
     ignore_index: int,
-    results: tuple[Tensor, ...],
-    gradients: tuple[Tensor | None, ...],
+    results: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
 ) -> Tensor:
-    r"""Gradient with respect to the logits, from the results of `forward` and the gradients of the first four.
+    r"""Gradient with respect to the logits, contiguous, from the results of `forward` and gradients of the first four.
 
     .. math::
         T\, dx_j = g_{lp} (\delta_{jy} - p_j) - g_H p_j (\log p_j + H) + 2 g_2 p_j (p_j - s_2)

@@ -9,9 +9,8 @@ are taken relative to the largest seen before they are scaled, so neither their 
 """
 
 import contextlib
-import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,31 +50,41 @@ def log1p(u):
 
 
 @triton.jit
-def add_logits(x, scale, reference, total, squares, weighted, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
-    """Add ``x [LANES, WIDTH]`` to the running sums of each lane: no thread waits for another."""
-    new = tl.maximum(reference, tl.max(x, axis=1))
-    z = (x - new[:, None]) * scale
-    e = tl.exp2(z)
-    shift = tl.maximum((reference - new) * scale, FAR_BELOW)
+def move(reference, highest, total, squares, weighted, scale, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
+    """The sums relative to ``highest`` instead of ``reference``."""
+    shift = tl.maximum((reference - highest) * scale, FAR_BELOW)
     rescale = tl.exp2(shift)
     if ENTROPY:
-        weighted = rescale * (weighted + total * shift) + tl.sum(e * tl.maximum(z, FAR_BELOW), axis=1)
+        weighted = rescale * (weighted + total * shift)
     if SQUARES:
-        squares = rescale * rescale * squares + tl.sum(e * e, axis=1)
-    return new, rescale * total + tl.sum(e, axis=1), squares, weighted
+        squares = rescale * rescale * squares
+    return rescale * total, squares, weighted
 
 
 @triton.jit
-def join(reference, total, squares, weighted, scale, axis: tl.constexpr):
+def add_logits(x, scale, reference, total, squares, weighted, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
+    """Add ``x [LANES, WIDTH]`` to the running sums of each lane: no thread waits for another."""
+    new = tl.maximum(reference, tl.max(x, axis=1))
+    total, squares, weighted = move(reference, new, total, squares, weighted, scale, ENTROPY, SQUARES)
+    z = (x - new[:, None]) * scale
+    e = tl.exp2(z)
+    if ENTROPY:
+        weighted += tl.sum(e * tl.maximum(z, FAR_BELOW), axis=1)
+    if SQUARES:
+        squares += tl.sum(e * e, axis=1)
+    return new, total + tl.sum(e, axis=1), squares, weighted
+
+
+@triton.jit
+def join(reference, total, squares, weighted, scale, axis: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
     """The sums of several parts, relative to the highest of their references."""
     highest = tl.max(reference, axis=axis, keep_dims=True)
-    shift = tl.maximum((reference - highest) * scale, FAR_BELOW)
-    rescale = tl.exp2(shift)
+    total, squares, weighted = move(reference, highest, total, squares, weighted, scale, ENTROPY, SQUARES)
     return (
         tl.max(reference, axis=axis),
-        tl.sum(rescale * total, axis=axis),
-        tl.sum(rescale * rescale * squares, axis=axis),
-        tl.sum(rescale * (weighted + total * shift), axis=axis),
+        tl.sum(total, axis=axis),
+        tl.sum(squares, axis=axis),
+        tl.sum(weighted, axis=axis),
     )
 
 
@@ -133,7 +142,7 @@ def partial_sums(
             x, scale, reference, total, squares, weighted, ENTROPY, SQUARES
         )
 
-    reference, total, squares, weighted = join(reference, total, squares, weighted, scale, 0)
+    reference, total, squares, weighted = join(reference, total, squares, weighted, scale, 0, ENTROPY, SQUARES)
     sums += (row * splits + part) * 4
     tl.store(sums, reference)
     tl.store(sums + 1, total)
@@ -187,14 +196,12 @@ def merge(
         tl.load(sums + each + 3, mask=known, other=0.0),
         scale[:, None],
         1,
+        ENTROPY,
+        SQUARES,
     )
     leads = x >= reference
     highest = tl.where(leads, x, reference)
-    shift = tl.maximum((reference - highest) * scale, FAR_BELOW)
-    rescale = tl.exp2(shift)
-    weighted = rescale * (weighted + total * shift)
-    squares *= rescale * rescale
-    others = rescale * total
+    others, squares, weighted = move(reference, highest, total, squares, weighted, scale, ENTROPY, SQUARES)
     z = (x - highest) * (scale * LN_2)  # of the label, in nats: base 2 would overflow before float32 does
     own = tl.exp2(z * LOG2_E)
     total = others + own
@@ -355,12 +362,9 @@ def choose_splits(rows: int, vocab: int, block: int, device: torch.device) -> in
     """Slices per row: one where the rows fill the device four times over, else as many as do, of two blocks or more."""
     if device.type != "cuda":
         return 1
-    resident: int = torch.cuda.get_device_properties(device).multi_processor_count * (2048 // THREADS)
-    return max(1, min(ceil_div(4 * resident, rows), vocab // (2 * block), MAX_SPLITS))
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+    resident = torch.cuda.get_device_properties(device).multi_processor_count * (2048 // THREADS)
+    splits: int = max(1, min(triton.cdiv(4 * resident, rows), vocab // (2 * block), MAX_SPLITS))
+    return splits
 
 
 def forward(
@@ -368,38 +372,26 @@ def forward(
     labels: Tensor,
     temperature: Tensor,
     ignore_index: int,
+    results: Sequence[Tensor],
     entropy: bool,
     squares: bool,
     splits: int | None = None,
-) -> tuple[Tensor, ...]:
-    """log_prob, entropy, sum_p_squared, grad_norm_squared, reference, log2_total, ``1 - p_y``, ``[rows]`` each.
-
-    Args:
-        logits: ``[outer, inner, V]``, last stride 1.
-        labels: ``[rows]`` int64, contiguous.
-        temperature: ``[]`` or ``[rows]``, float32, contiguous.
-        ignore_index: label of rows that are left out.
-        entropy: whether to compute it; else empty.
-        squares: whether to compute sum_p_squared and grad_norm_squared; else empty.
-        splits: slices of the vocabulary per row; chosen for the device by default.
-    """
+) -> None:
+    """As `logprob_stats_torch.forward`, with each row in ``splits`` slices; by default as many as suit the device."""
     outer, inner, vocab = logits.shape
     rows = outer * inner
-    new = functools.partial(torch.empty, device=logits.device, dtype=torch.float32)
-    outputs = (new(rows), new(rows * entropy), *(new(rows * squares) for _ in range(2)), *(new(rows) for _ in range(3)))
     if rows == 0:
-        return outputs
+        return
     partial = for_partial_sums(logits.dtype, is_aligned(logits), entropy, squares)
     block = partial.constants["LANES"] * partial.constants["WIDTH"]
     splits = splits or choose_splits(rows, vocab, block, logits.device)
-    slice_size = ceil_div(ceil_div(vocab, splits), block) * block
-    splits = ceil_div(vocab, slice_size)
-    sums = new(rows, splits, 4)
+    slice_size = triton.cdiv(triton.cdiv(vocab, splits), block) * block
+    splits = triton.cdiv(vocab, slice_size)
+    sums = torch.empty(rows, splits, 4, device=logits.device, dtype=torch.float32)
     layout = (vocab, inner, logits.stride(0), logits.stride(1), temperature.dim(), ignore_index, splits)
     launch(partial, rows * splits, logits, labels, temperature, sums, *layout, slice_size)
     merged = for_merge(logits.dtype, entropy, squares)
-    launch(merged, ceil_div(rows, MERGE_ROWS), logits, labels, temperature, sums, *outputs, rows, *layout)
-    return outputs
+    launch(merged, triton.cdiv(rows, MERGE_ROWS), logits, labels, temperature, sums, *results, rows, *layout)
 
 
 def backward(
@@ -407,19 +399,10 @@ def backward(
     labels: Tensor,
     temperature: Tensor,
     ignore_index: int,
-    results: tuple[Tensor, ...],
-    gradients: tuple[Tensor | None, ...],
+    results: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
 ) -> Tensor:
-    """Gradient with respect to the logits, ``[outer, inner, V]``, contiguous.
-
-    Args:
-        logits: as in `forward`.
-        labels: as in `forward`.
-        temperature: as in `forward`.
-        ignore_index: as in `forward`.
-        results: all seven of `forward`, contiguous.
-        gradients: of the first four of them, ``[rows]`` of any stride, or None.
-    """
+    """As `logprob_stats_torch.backward`."""
     outer, inner, vocab = logits.shape
     gradient = torch.empty(outer, inner, vocab, device=logits.device, dtype=logits.dtype)
     if gradient.numel() == 0:
@@ -428,7 +411,7 @@ def backward(
     given = [zero if g is None else g for g in gradients]
     squares = gradients[2] is not None or gradients[3] is not None
     configuration = for_grad_logits(logits.dtype, is_aligned(logits), entropy=gradients[1] is not None, squares=squares)
-    programs = outer * inner * ceil_div(vocab, GRAD_BLOCK)
+    programs = outer * inner * triton.cdiv(vocab, GRAD_BLOCK)
     layout = (vocab, inner, logits.stride(0), logits.stride(1), temperature.dim())
     strides = [g.stride(0) for g in given]
     arguments = (logits, labels, temperature, *results, *given, gradient, *layout, *strides, ignore_index)

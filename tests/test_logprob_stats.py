@@ -316,8 +316,9 @@ def test_slices_of_the_vocabulary_merge_to_the_whole(splits):
     logits[0, 0, labels[0, 0]] = 25.0
     logits[0, 1, :20_000] = -math.inf  # slices with nothing in them
     labels[0, 1] = 20_001
-    arguments = (logits, labels[0], torch.ones((), device=DEVICE), -100, True, True)
-    got = logprob_stats_triton.forward(*arguments, splits=splits)
+    got = torch.empty(7, 3, device=DEVICE)
+    arguments = (logits, labels[0], torch.ones((), device=DEVICE), -100, got, True, True)
+    logprob_stats_triton.forward(*arguments, splits=splits)
     assert_close(got[:4], [value[0] for value in logprob_stats_reference(logits, labels)])
 
 
@@ -442,8 +443,9 @@ def test_no_float32_copy_of_the_logits(rows):
     vocab = 151_936
     logits, labels = torch.randn(rows, vocab).bfloat16(), torch.randint(vocab, (rows,))
     arguments = (logits[None], labels, torch.ones(()), -100)
+    results = torch.empty(7, rows)
     with Largest() as seen:
-        results = logprob_stats_torch.forward(*arguments, True, True)
+        logprob_stats_torch.forward(*arguments, results, True, True)
         logprob_stats_torch.backward(*arguments, results, (torch.ones(rows),) * 4)
     assert vocab <= seen.elements <= 2 * logprob_stats_torch.CHUNK < logits.numel() * (1 + (rows < 20))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from snr_optim.kernels._launch import expect_integers
 from snr_optim.kernels.logprob_stats import logprob_stats
 
 IGNORED = -100
@@ -45,8 +46,7 @@ def logit_grad_norms(
     if mask is not None:
         if mask.shape != labels.shape:
             raise ValueError(f"mask: expected the shape of labels, {list(labels.shape)}, got {list(mask.shape)}")
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise TypeError(f"labels: expected integers, got {labels.dtype}")
+        expect_integers("labels", labels)  # before they are widened
         labels = torch.where(mask.bool(), labels, torch.full_like(labels, IGNORED, dtype=torch.long))
     if isinstance(temperature, Tensor):
         temperature = temperature.detach()
