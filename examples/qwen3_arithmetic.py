@@ -27,7 +27,7 @@ from rich.console import Console
 from runs import OnRow, Run, save_atomically
 from torch import Tensor, nn
 
-from snr_optim import AccumulationSource, GradWeightedBaseline, SNRAdaptiveLR
+from snr_optim import GradWeightedBaseline, SNRAdaptiveLR
 
 
 class GroupNormalised(nn.Module):
@@ -71,13 +71,13 @@ OPTIMIZERS = {
 
 
 def train(args: argparse.Namespace, method: Method, seed: int, run: Run) -> None:
-    """One run: sample, verify, weigh, subtract the baseline, go backward in micro-batches, set the lr, step."""
+    """One run: sample, verify, weigh, subtract the baseline, go backward in micro-batches, step."""
     model, tokenizer = starting_policy(args, seed)
     lr = args.lr or method.lr
     optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 20, total_iters=20)
     scheduler = SNRAdaptiveLR(optimizer, schedule=warm_up, smoothing=args.smoothing, adapt=method.adaptive)
-    source = AccumulationSource(model)
+    measured = scheduler.attach(model)  # every backward() below is a sub-batch
     baseline = method.baseline(args)
     torch.manual_seed(seed)
     first = run.restore(model=model, optimizer=optimizer, scheduler=scheduler, baseline=baseline)
@@ -94,14 +94,11 @@ def train(args: argparse.Namespace, method: Method, seed: int, run: Run) -> None
         size = args.prompts // args.micro_batches * args.group_size  # whole prompts: the independent unit
         for start in range(0, len(rewards), size):
             micro = {name: tensor[start : start + size] for name, tensor in rollout.items()}
-            with source.sub_batch(share=size / len(rewards)):
-                log_probs = sequence_log_probs(model, micro)
-                (-(advantages[start : start + size] * log_probs).sum() / len(rewards)).backward()
+            log_probs = sequence_log_probs(model, micro)
+            (-(advantages[start : start + size] * log_probs).sum() / len(rewards)).backward()
 
-        moments = source.moments()
-        scheduler.observe(moments)  # the factor of this very batch, before its step
-        used_lr = scheduler.get_last_lr()[0]
-        optimizer.step()
+        optimizer.step()  # its lr is set from the moments of this very batch
+        used_lr, moments = scheduler.get_last_lr()[0], measured.moments
         scheduler.step()
         optimizer.zero_grad()
 

@@ -40,10 +40,11 @@ class GradientMoments:
     Args:
         sq_norm_of_mean: ``||g_hat||^2``, a float or a 0-d tensor.
         mean_of_sq_norms: ``sum_k c_k ||g_k||^2``, a float or a 0-d tensor.
-        num: number of sub-batches ``m``. With one, the noise is unknown (NaN).
+        num: number of sub-batches ``m``, an int, or a 0-d tensor where reading it would wait for a device. With one,
+            the noise is unknown (NaN).
 
     Raises:
-        TypeError: a moment is neither a number nor a real 0-d tensor, or ``num`` is not an int.
+        TypeError: a moment is neither a number nor a real 0-d tensor, or ``num`` neither an int nor a 0-d tensor.
         ValueError: ``num < 1``; a moment is negative; or ``mean_of_sq_norms`` is below ``sq_norm_of_mean``
             by more than rounding (1 %), which no gradients can give (Jensen) but wrongly scaled
             sub-batches can. Tensors on an accelerator are not looked at here, which would synchronise;
@@ -59,12 +60,14 @@ class GradientMoments:
 
     sq_norm_of_mean: Number
     mean_of_sq_norms: Number
-    num: int
+    num: int | Tensor
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num, int) or isinstance(self.num, bool):
-            raise TypeError(f"num: expected the number of sub-batches as an int, got {self.num!r}")
-        if self.num < 1:
+        if isinstance(self.num, bool) or not (
+            isinstance(self.num, int) or (isinstance(self.num, Tensor) and not self.num.dim())
+        ):
+            raise TypeError(f"num: expected the number of sub-batches as an int or a 0-d tensor, got {self.num!r}")
+        if isinstance(self.num, int) and self.num < 1:
             raise ValueError(f"num: expected at least one sub-batch, got {self.num}")
         sq_norm = _checked_sq_norm("sq_norm_of_mean", self.sq_norm_of_mean)
         mean_sq = _checked_sq_norm("mean_of_sq_norms", self.mean_of_sq_norms)
@@ -113,6 +116,25 @@ class GradientMoments:
                 sq_norm_of_mean += torch.stack([c_k * g for c_k, g in present]).sum(0).square().sum().item()
         return cls(sq_norm_of_mean, mean_of_sq_norms, len(flat))
 
+    @classmethod
+    def of_parts(cls, parts: Sequence[GradientMoments]) -> GradientMoments:
+        """Moments of a whole gradient from those of disjoint groups of its parameters, over the same sub-batches.
+
+        Raises:
+            ValueError: no parts, or parts of differing ``num``.
+
+        Example:
+            >>> GradientMoments.of_parts([GradientMoments(3.0, 9.0, 4), GradientMoments(1.0, 2.0, 4)])
+            GradientMoments(sq_norm_of_mean=4.0, mean_of_sq_norms=11.0, num=4)
+        """
+        if len(parts) == 0:
+            raise ValueError("parts: expected the moments of at least one group")
+        nums = [part.num for part in parts]
+        if len({num for num in nums if isinstance(num, int)}) > 1:
+            raise ValueError(f"parts: expected the same sub-batches in every group, got num {nums}")
+        sq_norm = sum(part.sq_norm_of_mean for part in parts)
+        return cls(sq_norm, sum(part.mean_of_sq_norms for part in parts), nums[0])
+
     @property
     def noise(self) -> Number:
         """``V_hat``, the trace of the covariance of the batch gradient; NaN when ``num`` is 1."""
@@ -147,7 +169,7 @@ class MomentAverages:
     noise into signal. Both averages start empty and carry the same weight, so their ratio needs no bias
     correction.
 
-    A batch that cannot be folded in moves nothing but a counter: one sub-batch (noise unknown), all
+    A batch that cannot be folded in moves nothing but a counter: fewer than two sub-batches (noise unknown), all
     gradients zero (flat rewards carry no information), or NaN, inf or impossible moments. No branch
     depends on the value of a tensor, so an accelerator is never waited for.
 
@@ -170,32 +192,45 @@ class MomentAverages:
             raise ValueError(f"smoothing: expected a number in [0, 1), got {smoothing!r}")
         self.smoothing = float(smoothing)
         zero = torch.zeros((), dtype=torch.float64)
-        self.signal_sum, self.sq_norm_sum, self.weight = zero, zero, zero
-        self.observations, self.skipped_flat, self.skipped_invalid = zero, zero, zero
-        self.skipped_single = 0
-        self.num = 0
+        # Sums over batches of S, Q = ||g_hat||^2, m - 1 and 1, weighted by w_t = (1 - beta) beta^age.
+        self.signal_sum, self.sq_norm_sum, self.dof_sum, self.weight = zero, zero, zero, zero
+        # Sums weighted by w_t^2: what the spread of the ratio over batches is computed from.
+        self.signal_signal_sum, self.signal_sq_norm_sum, self.sq_norm_sq_norm_sum, self.weight_sq = (
+            zero,
+            zero,
+            zero,
+            zero,
+        )
+        self.num = zero
+        self.observations, self.skipped_single, self.skipped_flat, self.skipped_invalid = zero, zero, zero, zero
 
     @torch.no_grad()
     def update(self, moments: GradientMoments) -> None:
         """Fold one batch in, or count why it could not be."""
-        if moments.num == 1:
-            self.skipped_single += 1
-            return
         sq_norm, mean_sq = self._to_state(moments.sq_norm_of_mean), self._to_state(moments.mean_of_sq_norms)
+        num = self._to_state(moments.num)
+        single = num < 2
         valid = torch.isfinite(sq_norm) & torch.isfinite(mean_sq) & (sq_norm >= 0)
         valid &= mean_sq >= (1 - ROUNDING) * sq_norm
-        flat = valid & (mean_sq == 0)
-        usable = valid & ~flat
-        signal = sq_norm - _noise(sq_norm, mean_sq, moments.num)
+        flat = ~single & valid & (mean_sq == 0)
+        usable = ~single & valid & ~flat
+        signal = torch.where(usable, sq_norm - _noise(sq_norm, mean_sq, num), 0)
+        sq_norm = torch.where(usable, sq_norm, 0)
         gain = (1 - self.smoothing) * usable.to(self.weight.dtype)
         keep = 1 - gain
-        self.signal_sum = keep * self.signal_sum + gain * torch.where(usable, signal, 0)
-        self.sq_norm_sum = keep * self.sq_norm_sum + gain * torch.where(usable, sq_norm, 0)
+        self.signal_sum = keep * self.signal_sum + gain * signal
+        self.sq_norm_sum = keep * self.sq_norm_sum + gain * sq_norm
+        self.dof_sum = keep * self.dof_sum + gain * (num - 1)
         self.weight = keep * self.weight + gain
+        self.signal_signal_sum = keep**2 * self.signal_signal_sum + (gain * signal) ** 2
+        self.signal_sq_norm_sum = keep**2 * self.signal_sq_norm_sum + gain**2 * signal * sq_norm
+        self.sq_norm_sq_norm_sum = keep**2 * self.sq_norm_sq_norm_sum + (gain * sq_norm) ** 2
+        self.weight_sq = keep**2 * self.weight_sq + gain**2
+        self.num = torch.where(usable, num, self.num)
         self.observations = self.observations + usable
+        self.skipped_single = self.skipped_single + single
         self.skipped_flat = self.skipped_flat + flat
-        self.skipped_invalid = self.skipped_invalid + ~valid
-        self.num = moments.num
+        self.skipped_invalid = self.skipped_invalid + (~single & ~valid)
 
     def ratio(self) -> Tensor:
         """The averaged ``S / (S + V)``, not clamped; NaN until a batch was folded in."""
@@ -209,8 +244,28 @@ class MomentAverages:
         """The averaged ``V_hat``, bias-corrected; NaN until known."""
         return (self.sq_norm_sum - self.signal_sum) / self.weight
 
+    def effective_observations(self) -> Tensor:
+        """How many equally weighted batches the averages are worth, ``(sum w)^2 / sum w^2``."""
+        return self.weight.square() / self.weight_sq
+
+    def degrees_of_freedom(self) -> Tensor:
+        """Of the averaged noise: ``m - 1`` per batch, times the effective number of batches."""
+        return self.dof_sum / self.weight * self.effective_observations()
+
+    def ratio_standard_error(self) -> Tensor:
+        r"""Standard error of :meth:`ratio`, from the spread over batches; NaN below two of them.
+
+        The delta method for a ratio of means, with residuals ``e_t = S_t - r Q_t``:
+        ``sum_t w_t^2 e_t^2 / (sum_t w_t Q_t)^2 * n / (n - 1)``, ``n`` the effective number of batches. It takes the
+        batches for independent draws with one ``S`` and ``V``; where these drift, the drift counts as spread.
+        """
+        ratio, n = self.ratio(), self.effective_observations()
+        residuals = self.signal_signal_sum - 2 * ratio * self.signal_sq_norm_sum + ratio**2 * self.sq_norm_sq_norm_sum
+        spread = residuals.clamp_min(0) / self.sq_norm_sum.square()
+        return (spread * n / torch.where(n > 1, n - 1, torch.nan)).sqrt()
+
     def state_dict(self) -> dict[str, Any]:
-        """Averages and counters (not ``smoothing``): tensors and ints only."""
+        """Averages and counters (not ``smoothing``): tensors only."""
         return {name: value for name, value in vars(self).items() if name != "smoothing"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -232,10 +287,10 @@ class MomentAverages:
         return value.detach().to(self.weight.dtype)
 
 
-def _noise(sq_norm_of_mean: Any, mean_of_sq_norms: Any, num: int) -> Any:
-    if num == 1:
-        return math.nan * sq_norm_of_mean
-    return (mean_of_sq_norms - sq_norm_of_mean) / (num - 1)
+def _noise(sq_norm_of_mean: Any, mean_of_sq_norms: Any, num: Any) -> Any:
+    if isinstance(num, Tensor):
+        return (mean_of_sq_norms - sq_norm_of_mean) / torch.where(num > 1, num - 1, torch.nan)
+    return math.nan * sq_norm_of_mean if num == 1 else (mean_of_sq_norms - sq_norm_of_mean) / (num - 1)
 
 
 def _ratio(numerator: Number, denominator: Number) -> Number:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from snr_optim.attachment import Attachment
 from snr_optim.moments import GradientMoments, MomentAverages
+from snr_optim.sources import AdamNorm, Norm, euclidean
 
 
 class SNRAdaptiveLR(LRScheduler):
@@ -35,24 +38,27 @@ class SNRAdaptiveLR(LRScheduler):
     scheduler says at the moment. Since the factor is often 0.05 to 0.5, a ceiling above the best constant
     learning rate is the usual choice.
 
-    Timing: ``observe()`` *before* ``optimizer.step()`` lets batch ``t`` set its own step, as in the paper;
-    *after* it, the factor lags one step and is independent of the noise in the step that it scales.
+    :meth:`attach` measures the moments in any training loop; :meth:`observe` takes them from anywhere else.
+    Timing: ``observe()`` *before* ``optimizer.step()`` lets batch ``t`` set its own step, as in the paper and in
+    ``attach()``; *after* it, the factor lags one step and is independent of the noise in the step that it scales.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``; unwrap an accelerate one (``.optimizer``).
+        optimizer: any ``torch.optim.Optimizer``; a wrapper's own, such as accelerate's, is found in it.
         schedule: an inner scheduler on the same optimizer that moves the ceiling: warm-up, cosine,
             ``SequentialLR``, ... ``step()`` steps it, so do not step it yourself. (``ChainedScheduler``
             would let its closed-form members overwrite the factor.)
         smoothing: weight of the past in the averages; ``0`` uses the current batch alone, as in the paper.
         min_factor: floor that keeps the learning rate alive where no signal can be measured.
         max_factor: upper clamp, at most 1; also the factor until anything is known.
-        metric: ``"euclidean"``: norms are plain 2-norms of the gradient, as in the paper.
+        metric: of the norms that ``attach()`` takes. ``"euclidean"``: plain 2-norms, as in the paper.
+            ``"optimizer"``: the metric of Adam's step (:class:`AdamNorm`), known from the second step on; with an
+            optimizer that is no Adam, Euclidean after one warning. What is given to ``observe()`` is taken as it is.
         adapt: ``False`` measures and reports but leaves the ceiling as the learning rate.
+        per_group: a factor of its own for every parameter group, from its own gradients, in place of one for all.
 
     Raises:
         TypeError: ``optimizer`` is no ``Optimizer``, or ``schedule`` no ``LRScheduler`` that steps by itself.
-        ValueError: ``schedule`` drives another optimizer, or a number is out of its range.
-        NotImplementedError: another ``metric``.
+        ValueError: ``schedule`` drives another optimizer, a number is out of its range, or ``metric`` is unknown.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -77,7 +83,9 @@ class SNRAdaptiveLR(LRScheduler):
         max_factor: float = 1.0,
         metric: str = "euclidean",
         adapt: bool = True,
+        per_group: bool = False,
     ) -> None:
+        optimizer = _unwrapped(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if schedule is not None:
@@ -86,42 +94,83 @@ class SNRAdaptiveLR(LRScheduler):
                     "schedule: expected an LRScheduler that needs no metric and is no SNRAdaptiveLR, "
                     f"got {type(schedule).__name__}"
                 )
-            if schedule.optimizer is not optimizer:
+            if _unwrapped(schedule.optimizer) is not optimizer:
                 raise ValueError("schedule: expected a scheduler of the same optimizer")
         if not 0 <= min_factor <= max_factor <= 1:
             raise ValueError(
                 f"min_factor, max_factor: expected 0 <= min_factor <= max_factor <= 1, got {min_factor}, {max_factor}"
             )
-        if metric != "euclidean":
-            raise NotImplementedError(f"metric: only 'euclidean' is implemented, got {metric!r}")
+        if metric not in ("euclidean", "optimizer"):
+            raise ValueError(f"metric: expected 'euclidean' or 'optimizer', got {metric!r}")
         self.schedule = schedule
         # What the inner schedule wrote last. Not its get_last_lr(): in torch 2.6 a tensor there is the live lr.
         self._scheduled = [_copy(group["lr"]) for group in optimizer.param_groups]
         self.min_factor, self.max_factor = float(min_factor), float(max_factor)
-        self.metric, self.adapt = metric, adapt
+        self.metric, self.adapt, self.per_group = metric, adapt, per_group
         self._averages = MomentAverages(smoothing)
+        self._group_averages = [MomentAverages(smoothing) for _ in optimizer.param_groups] if per_group else []
         self._floor_bound = torch.zeros((), dtype=torch.float64)
+        self._dropped = 0
+        self._attachment: Attachment | None = None
         self._warned = self._loaded = False
         super().__init__(optimizer)
 
     # -- statistics ---------------------------------------------------------------------------------
 
-    def observe(self, moments: GradientMoments) -> None:
+    def attach(self, model: nn.Module) -> Attachment:
+        """Measure every batch of a training loop, and set the lr of its own ``optimizer.step()``.
+
+        Hooks on the parameters of the optimizer catch the raw gradient of every ``backward()``, before clipping and
+        unscaling; each is a sub-batch, on each data-parallel rank. Gradient accumulation, ``GradScaler``, autocast,
+        DDP, ``fully_shard``, LoRA, checkpointing and compiled models need nothing more. With one ``backward()``
+        per step on one rank the noise is unknown, and the factor stays as it is.
+
+        Args:
+            model: holds the parameters of the optimizer. Wrap, shard and prepare it first.
+
+        Returns:
+            A handle: ``.remove()``, ``.sub_batch(size)`` for micro-batches of unequal size; also a context manager.
+
+        Raises:
+            RuntimeError: attached already; or the model is parallelised in a way that cannot be measured.
+            ValueError: parameters of the optimizer are not in ``model``, or none requires grad.
+            TypeError: the optimizer runs no step hooks (a wrapper of another kind), or is ``LBFGS``.
+            NotImplementedError: ``metric="optimizer"`` with a sharded model, whose second moments are in pieces.
+        """
+        if self._attachment is not None and self._attachment.attached:
+            raise RuntimeError("attach: already attached; remove() the first handle before")
+        norm = euclidean if self.metric == "euclidean" else self._optimizer_norm(model)
+        self._attachment = Attachment(self, model, norm)
+        return self._attachment
+
+    def observe(self, moments: GradientMoments | Sequence[GradientMoments]) -> None:
         """Fold the moments of one batch in, and set the lr of the next ``optimizer.step()``.
 
         Moments that carry no information (one sub-batch, all gradients zero, NaN or inf) leave factor and
         lr as they were, and are counted in :meth:`metrics`. Inside a ``SequentialLR``, while another
         scheduler is in charge, only the statistics move.
 
+        Args:
+            moments: of the whole gradient; or one of each parameter group, in order, as ``per_group=True`` needs.
+
         Raises:
-            TypeError: ``moments`` is no :class:`GradientMoments`.
+            TypeError: ``moments`` is no :class:`GradientMoments`, nor a sequence of them.
+            ValueError: not one for each parameter group.
         """
-        if not isinstance(moments, GradientMoments):
-            raise TypeError(f"moments: expected GradientMoments, got {type(moments).__name__}")
+        parts = [moments] if isinstance(moments, GradientMoments) else moments
+        if not isinstance(parts, Sequence) or not all(isinstance(part, GradientMoments) for part in parts):
+            raise TypeError(f"moments: expected GradientMoments, or one for each group, got {type(moments).__name__}")
+        self._adopt_new_groups()
+        groups = len(self.optimizer.param_groups)
+        if len(parts) != groups and (self.per_group or parts is moments):
+            raise ValueError(f"moments: expected one for each of the {groups} parameter groups, got {len(parts)}")
         before = self._averages.observations
-        self._averages.update(moments)
+        self._averages.update(GradientMoments.of_parts(parts))
+        for averages, part in zip(self._group_averages, parts, strict=False):
+            averages.update(part)
         folded_in = self._averages.observations > before.to(self._averages.observations.device)
-        floor_binds = folded_in & (self._averages.ratio() < self.min_factor)
+        lowest = torch.stack([averages.ratio().nan_to_num(1.0) for averages in self._used_averages()]).min()
+        floor_binds = folded_in & (lowest < self.min_factor)
         self._floor_bound = self._floor_bound.to(floor_binds.device) + floor_binds
         if self._in_charge():
             self._write_lr()
@@ -129,42 +178,66 @@ class SNRAdaptiveLR(LRScheduler):
     @property
     def factor(self) -> float:
         """``S / (S + V)`` averaged, clamped to ``[min_factor, max_factor]``; ``max_factor`` until known."""
-        return self._factor().item()
+        return self._factor(self._averages).item()
 
     def metrics(self) -> dict[str, float]:
         """What a tracker should log, as plain floats; NaN where nothing is known yet.
 
         Keys: ``factor``; ``lr`` and ``ceiling`` (first group, of the next ``optimizer.step()``);
-        averaged ``signal``, ``noise`` and ``snr = signal / noise``;
+        averaged ``signal``, ``noise`` and ``snr = signal / noise`` with its ``snr_standard_error`` (from the spread
+        over batches, so NaN below two, and with ``smoothing=0``); ``degrees_of_freedom`` of the noise;
         ``critical_batch_size = noise / signal`` x the number of sub-batches, so in units of one sub-batch
-        (inf where no signal is left); and the counts ``observations``, ``floor_bound`` (observations whose
-        factor was raised to ``min_factor``), ``skipped_single``, ``skipped_flat``, ``skipped_invalid``.
+        (inf where no signal is left); and the counts ``observations``, ``floor_bound`` (observations that found
+        a factor below ``min_factor``), ``skipped_single`` (fewer than two sub-batches), ``skipped_flat`` (all gradients
+        zero), ``skipped_invalid`` (NaN, inf, impossible or not measurable) and ``skipped_unstepped`` (gradients
+        cleared without an ``optimizer.step()``, as when a ``GradScaler`` skips it). With ``per_group=True`` also
+        ``factor_group_0``, ``lr_group_0``, ...
         """
         averages = self._averages
-        tensors = (
-            self._factor(),
-            averages.signal(),
-            averages.noise(),
-            averages.observations,
-            self._floor_bound,
-            averages.skipped_flat,
-            averages.skipped_invalid,
-        )
-        factor, signal, noise, observations, floor_bound, flat, invalid = torch.stack(tensors).tolist()  # one wait
-        return {
-            "factor": factor,
-            "lr": float(self._last_lr[0]),
-            "ceiling": float(self._ceilings()[0]),
-            "signal": signal,
-            "noise": noise,
-            "snr": signal / noise if noise else math.copysign(math.inf, signal),
-            "critical_batch_size": math.inf if signal <= 0 else noise / signal * averages.num,
-            "observations": observations,
-            "floor_bound": floor_bound,
-            "skipped_single": float(averages.skipped_single),
-            "skipped_flat": flat,
-            "skipped_invalid": invalid,
+        tensors = {
+            "factor": self._factor(averages),
+            "signal": averages.signal(),
+            "noise": averages.noise(),
+            "ratio_error": averages.ratio_standard_error(),
+            "degrees_of_freedom": averages.degrees_of_freedom(),
+            "num": averages.num,
+            "observations": averages.observations,
+            "floor_bound": self._floor_bound,
+            "skipped_single": averages.skipped_single,
+            "skipped_flat": averages.skipped_flat,
+            "skipped_invalid": averages.skipped_invalid,
         }
+        for number, group in enumerate(self._group_averages):
+            tensors[f"factor_group_{number}"] = self._factor(group)
+        device = averages.weight.device
+        values = torch.stack([tensor.to(device, averages.weight.dtype) for tensor in tensors.values()])
+        metrics = dict(zip(tensors, values.tolist(), strict=True))  # waits once
+        signal, noise, num, error = (metrics[name] for name in ("signal", "noise", "num", "ratio_error"))
+        del metrics["num"], metrics["ratio_error"]
+        metrics["lr"], metrics["ceiling"] = float(self._last_lr[0]), float(self._ceilings()[0])
+        metrics["snr"] = signal / noise if noise else math.copysign(math.inf, signal)
+        # d (r / (1 - r)) = dr / (1 - r)^2, and 1 - r = V / (S + V)
+        metrics["snr_standard_error"] = error * ((signal + noise) / noise) ** 2 if noise else math.nan
+        metrics["critical_batch_size"] = math.inf if signal <= 0 else noise / signal * num
+        metrics["skipped_unstepped"] = float(self._dropped)
+        for number, lr in enumerate(self._last_lr if self.per_group else []):
+            metrics[f"lr_group_{number}"] = float(lr)
+        return metrics
+
+    def _optimizer_norm(self, model: nn.Module) -> Norm:
+        if not AdamNorm.suits(self.optimizer):
+            warnings.warn(
+                f"metric='optimizer': {type(self.optimizer).__name__} keeps no second moment as Adam does; "
+                "norms are Euclidean.",
+                stacklevel=3,
+            )
+            return euclidean
+        if any(hasattr(p, "placements") for p in model.parameters()):
+            raise NotImplementedError("metric='optimizer': not with sharded parameters; use metric='euclidean'")
+        return AdamNorm(self.optimizer)
+
+    def _count_dropped(self, number: int) -> None:
+        self._dropped += number
 
     # -- learning rate ------------------------------------------------------------------------------
 
@@ -195,11 +268,17 @@ class SNRAdaptiveLR(LRScheduler):
         ceilings = self._ceilings()
         if not self.adapt:
             return list(ceilings)
-        factor = self._factor()
+        factors = torch.stack([self._factor(averages) for averages in self._used_averages()])
         if all(isinstance(lr, Tensor) for lr in ceilings):
-            return [torch.as_tensor(lr) * factor.to(torch.as_tensor(lr).device) for lr in ceilings]  # waits for nothing
-        number = factor.item()
-        return [lr * number for lr in ceilings]
+            pairs = zip(ceilings, factors.expand(len(ceilings)), strict=True)
+            return [
+                torch.as_tensor(lr) * factor.to(torch.as_tensor(lr).device) for lr, factor in pairs
+            ]  # waits for nothing
+        return [lr * number for lr, number in zip(ceilings, factors.expand(len(ceilings)).tolist(), strict=True)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not attached: its optimizer is a copy without hooks, too."""
+        return {**self.__dict__, "_attachment": None}
 
     def _update_lr(self, epoch: int | None = None) -> None:
         """What ``SequentialLR`` calls, instead of ``step()``, to hand over to this scheduler."""
@@ -209,8 +288,10 @@ class SNRAdaptiveLR(LRScheduler):
     def _ceilings(self) -> list[float | Tensor]:
         return self.base_lrs if self.schedule is None else self._scheduled
 
-    def _factor(self) -> Tensor:
-        averages = self._averages
+    def _used_averages(self) -> list[MomentAverages]:
+        return self._group_averages if self.per_group else [self._averages]
+
+    def _factor(self, averages: MomentAverages) -> Tensor:
         clamped = averages.ratio().clamp(self.min_factor, self.max_factor)
         return torch.where(averages.observations > 0, clamped, self.max_factor)
 
@@ -275,6 +356,8 @@ class SNRAdaptiveLR(LRScheduler):
         for group in added:
             lr = group.setdefault("initial_lr", group["lr"])
             self.base_lrs.append(_copy(lr))
+            if self.per_group:
+                self._group_averages.append(MomentAverages(self._averages.smoothing))
 
     # -- checkpoints --------------------------------------------------------------------------------
 
@@ -285,7 +368,9 @@ class SNRAdaptiveLR(LRScheduler):
         """
         return {
             "averages": self._averages.state_dict(),
+            "group_averages": [averages.state_dict() for averages in self._group_averages],
             "floor_bound": self._floor_bound,
+            "unstepped": self._dropped,
             "base_lrs": list(self.base_lrs),
             "scheduled": list(self._scheduled),
             "last_lr": list(self._last_lr),
@@ -316,16 +401,27 @@ class SNRAdaptiveLR(LRScheduler):
                 f"state_dict: expected {len(self.optimizer.param_groups)} parameter groups, "
                 f"got {len(state_dict['base_lrs'])}"
             )
+        if len(state_dict["group_averages"]) != len(self._group_averages):
+            raise ValueError("state_dict: expected the state of a scheduler with the same per_group")
         if self.schedule is not None:
             self.schedule.load_state_dict(state_dict["schedule"])
         self._averages.load_state_dict(state_dict["averages"])
-        self._floor_bound = state_dict["floor_bound"]
+        for averages, state in zip(self._group_averages, state_dict["group_averages"], strict=True):
+            averages.load_state_dict(state)
+        self._floor_bound, self._dropped = state_dict["floor_bound"], state_dict["unstepped"]
         self.base_lrs, self._scheduled = list(state_dict["base_lrs"]), list(state_dict["scheduled"])
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["step_count"]
         if state_dict["in_charge"]:
             self._write_lr()
         self._last_lr = list(state_dict["last_lr"])
         self._loaded = True
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer that does the step, within wrappers such as accelerate's."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _version(lr: float | Tensor) -> int:

@@ -332,8 +332,8 @@ def test_bad_arguments_are_named():
         SNRAdaptiveLR(optimizer, min_factor=0.5, max_factor=0.1)
     with pytest.raises(ValueError, match="smoothing"):
         SNRAdaptiveLR(optimizer, smoothing=1.0)
-    with pytest.raises(NotImplementedError, match="metric"):
-        SNRAdaptiveLR(optimizer, metric="optimizer")
+    with pytest.raises(ValueError, match="metric"):
+        SNRAdaptiveLR(optimizer, metric="manhattan")
     with pytest.raises(TypeError, match="moments"):
         SNRAdaptiveLR(optimizer).observe((1.0, 2.0, 3))
 

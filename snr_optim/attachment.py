@@ -1,0 +1,162 @@
+"""From ``backward()`` to the learning rate of the very next ``optimizer.step()``: what ``attach()`` puts on a loop.
+
+Two hooks: those of a source, on the gradients, and one that runs when ``optimizer.step()`` begins.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from snr_optim.moments import GradientMoments
+from snr_optim.sources import Norm, source_of
+from snr_optim.sources.backward import current_backward, loss_scale
+
+if TYPE_CHECKING:
+    from snr_optim.scheduler import SNRAdaptiveLR
+
+
+class Attachment:
+    """Measures every batch and lets its moments set the learning rate of its own step; made by ``attach()``.
+
+    Attributes:
+        moments: those of the last batch, neither averaged nor clamped; None before the first step.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> from snr_optim import SNRAdaptiveLR
+        >>> scheduler = SNRAdaptiveLR(torch.optim.SGD(model.parameters(), lr=1.0))
+        >>> with scheduler.attach(model):  # or keep the handle, and .remove() it
+        ...     for x in (3.0, 1.0):
+        ...         (model(torch.tensor([[x]])).sum() / 2).backward()
+        ...     scheduler.optimizer.step()
+        >>> scheduler.factor
+        0.75
+    """
+
+    def __init__(self, scheduler: SNRAdaptiveLR, model: nn.Module, norm: Norm) -> None:
+        self._scheduler, self._model, self._norm = scheduler, model, norm
+        self._optimizer = scheduler.optimizer
+        if not getattr(type(self._optimizer).step, "hooked", False) or isinstance(self._optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                f"optimizer: {type(self._optimizer).__name__} runs no step hooks, or takes several gradients per step; "
+                "use observe()"
+            )
+        self._refuse_strangers()
+        self._watch()
+        self._hooks = [
+            self._optimizer.register_step_pre_hook(self._on_step),
+            self._optimizer.register_step_post_hook(self._on_step_end),
+        ]
+        self._in_step = False
+        self._attached = True
+        self.moments: GradientMoments | None = None
+        self._warned = False
+
+    def sub_batch(self, size: float) -> Any:
+        """``with handle.sub_batch(size=n): loss.backward()`` states the size of an unequal micro-batch.
+
+        See :meth:`AccumulationSource.sub_batch`.
+        """
+        if not self._attached:
+            raise RuntimeError("sub_batch: the handle was removed")
+        return self._source.sub_batch(size)
+
+    def remove(self) -> None:
+        """Take all hooks off; the scheduler keeps its factor. With several processes, do it in all of them."""
+        if self._attached:
+            self._attached = False
+            self._source.remove()
+            for hook in self._hooks:
+                hook.remove()
+
+    @property
+    def attached(self) -> bool:
+        """False once removed."""
+        return self._attached
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _watch(self) -> None:
+        groups = [group["params"] for group in self._optimizer.param_groups]
+        self._source = source_of(self._model, groups, norm=self._norm)
+        self._watched = self._trainable()
+
+    def _trainable(self) -> list[int]:
+        return [id(p) for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def _refuse_strangers(self) -> None:
+        ours = {id(p) for p in self._model.parameters()}
+        strangers = sum(id(p) not in ours for group in self._optimizer.param_groups for p in group["params"])
+        if strangers:
+            raise ValueError(
+                f"model: {strangers} parameters of the optimizer are not in it. Attach the module that holds them all, "
+                "such as nn.ModuleList([policy, value_head]); after wrapping or sharding, build the optimizer anew"
+            )
+
+    def _on_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if current_backward() >= 0:
+            raise RuntimeError("attach: optimizer.step() ran inside backward(), where .grad is not complete yet")
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "attach: optimizer.step() is being captured into a CUDA graph, which replays no hook. Use a tensor lr, "
+                "and observe() outside the graph"
+            )
+        if self._in_step and not self._source.recorded:
+            return None  # the step of a base class, within that of the optimizer
+        self._in_step = True
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            self._observe()
+            return None
+        # The closure holds the backward pass, and every optimizer that calls it once reads its lr after it.
+        rest = {name: value for name, value in kwargs.items() if name != "closure"}
+        return (args[0], self._then_observe(closure), *args[2:]), rest
+
+    def _on_step_end(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._in_step = False
+
+    def _then_observe(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def measured() -> Any:
+            loss = closure()
+            self._observe()
+            return loss
+
+        return measured
+
+    def _observe(self) -> None:
+        scale = loss_scale()
+        parts = self._source.group_moments()
+        if scale is not None:
+            parts = [_unscaled(part, scale) for part in parts]
+        self._scheduler._count_dropped(self._source.dropped)
+        self._source.dropped = 0
+        if self._trainable() != self._watched:  # parameters were added, or unfrozen: watched from the next batch on
+            self._source.remove()
+            self._watch()
+            parts = [GradientMoments(math.nan, math.nan, parts[0].num)] * len(self._optimizer.param_groups)
+        self.moments = GradientMoments.of_parts(parts)
+        if isinstance(self.moments.num, int) and self.moments.num == 1 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "attach: at most one backward() before optimizer.step(), so the noise is unknown and the factor stays "
+                "as it is. Split the batch into micro-batches.",
+                stacklevel=4,
+            )
+        self._scheduler.observe(parts)
+
+
+def _unscaled(moments: GradientMoments, scale: torch.Tensor) -> GradientMoments:
+    """Moments of the gradients before a ``GradScaler`` scaled the loss."""
+    square = scale.double().square() if scale.device.type != "mps" else scale.square()
+    return GradientMoments(moments.sq_norm_of_mean / square, moments.mean_of_sq_norms / square, moments.num)

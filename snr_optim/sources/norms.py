@@ -1,0 +1,84 @@
+"""The norm in which gradients are measured: the Euclidean one, or the one in which Adam takes its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Norm: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (parameter, a gradient of it) -> 0-d, float32 at least
+
+CHUNK = 1 << 20  # elements that AdamNorm works on at a time
+
+
+def euclidean(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """``||g||``, accumulated in float32 at least."""
+    return _norm(_values(gradient))
+
+
+class AdamNorm:
+    r"""The norm of a gradient in the metric of Adam's step, with the second moment of the steps before.
+
+    .. math::
+        \|g\|_P^2 = \sum_i \frac{g_i^2}{\sqrt{\hat v_i} + \epsilon}
+
+    For an update ``-eta P g`` and smoothness measured in the ``P^{-1}`` metric, the descent bound of OBLR-PO
+    (arXiv 2511.23310, theorem 3) is minimised by the same ``S / (S + V)`` with these norms. ``v`` lags one step, so
+    it is independent of the noise in ``g``.
+
+    Any optimizer that keeps ``exp_avg_sq`` and ``step`` will do: Adam, AdamW, NAdam, RAdam, and their fused forms.
+
+    Args:
+        optimizer: its state is read, never changed.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._settings: dict[int, dict[str, Any]] = {}
+
+    @staticmethod
+    def suits(optimizer: Optimizer) -> bool:
+        """Whether the optimizer looks like Adam: before its first step, its settings must tell."""
+        adam_like = {"betas", "eps"} <= optimizer.defaults.keys()
+        states = [state for state in optimizer.state.values() if state]
+        return adam_like and all("exp_avg_sq" in state and "step" in state for state in states)
+
+    def __call__(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """``||g||_P``; NaN before the first step, when there is no second moment yet."""
+        state = self._optimizer.state.get(parameter)
+        if not state:
+            return torch.full((), torch.nan, device=gradient.device)
+        settings = self._settings_of(parameter)
+        second_moment = state["max_exp_avg_sq"] if settings.get("amsgrad") else state["exp_avg_sq"]
+        correction = (1 - settings["betas"][1] ** _double(state["step"])) ** 0.5  # in float32 it would lose digits
+        total: Tensor | float = 0.0
+        for g, v in zip(_chunks(gradient), _chunks(second_moment), strict=True):
+            total = total + _norm(g.to(v.dtype) / (v.sqrt() / correction + settings["eps"]).sqrt()).square()
+        return torch.as_tensor(total).sqrt()
+
+    def _settings_of(self, parameter: Tensor) -> dict[str, Any]:
+        if id(parameter) not in self._settings:
+            self._settings = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        return self._settings[id(parameter)]
+
+
+def _double(step: Any) -> Any:
+    return step.double() if isinstance(step, Tensor) and step.device.type != "mps" else step
+
+
+def _chunks(values: Tensor) -> tuple[Tensor, ...]:
+    chunks: tuple[Tensor, ...] = torch.split(values.detach().flatten(), CHUNK)
+    return chunks
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """The entries that are stored; those of a sparse gradient that share an index are summed first."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
+
+
+def _norm(values: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+    return norm
