@@ -1,0 +1,246 @@
+"""What each rank of a distributed test runs: ``torchrun ... distributed_cases.py CASE``; a failed assertion ends it.
+
+Rank ``r``, micro-batch ``k`` has the gradient ``g_rk`` that one process computes in float64 from the same data.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from snr_optim import GradientMoments, SNRAdaptiveLR
+
+MICRO_BATCHES = 3
+REL = 1e-6  # what is asked for; float64 gives 1e-14
+
+
+class Model(nn.Module):
+    def __init__(self, use_reentrant=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(7, 7), nn.Tanh()) for _ in range(2))
+        self.spare = nn.Linear(7, 3)  # used by odd micro-batches only
+        self.use_reentrant = use_reentrant
+        self.double()
+
+    def forward(self, x, spare=False):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x) if self.use_reentrant is None else checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return (self.spare if spare else self.head)(x)
+
+
+def data(rank, step, k):
+    generator = torch.Generator().manual_seed(1000 * step + 10 * rank + k)
+    return torch.randn(4, 5, dtype=torch.float64, generator=generator) + 1
+
+
+def loss_of(model, rank, step, k, spare=False):
+    return model(data(rank, step, k), spare=spare and (rank + k) % 2 == 1).square().mean()
+
+
+def expected(weights, step, micro_batches=MICRO_BATCHES, shares=None, spare=False):
+    """By one process, over all ranks and micro-batches."""
+    model, gradients = Model(), []
+    model.load_state_dict(weights, strict=False)
+    for rank in range(dist.get_world_size()):
+        for k in range(micro_batches):
+            model.zero_grad()
+            loss_of(model, rank, step, k, spare).backward()
+            gradients.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+    return GradientMoments.from_gradients(gradients, shares)
+
+
+def whole(model):
+    """The full weights, whatever shards them."""
+    weights = {name.removeprefix("module."): value for name, value in model.state_dict().items()}
+    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in weights.items()}
+
+
+def assert_same_everywhere(scheduler):
+    mine = torch.tensor([scheduler.factor, float(scheduler.get_last_lr()[0])], dtype=torch.float64)
+    all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_of_them, mine)
+    assert all(torch.equal(other, mine) for other in all_of_them)  # to the last bit
+
+
+def train(model, *, deferred, micro_batches=MICRO_BATCHES, scale=1.0, spare=False, kind=torch.optim.SGD, steps=3):
+    """Three steps; before each, the moments of one process are computed from the weights of that moment."""
+    optimizer = kind(model.parameters(), lr=0.1)
+    scheduler = SNRAdaptiveLR(optimizer, smoothing=0.5)
+    handle = scheduler.attach(model)
+    for step in range(steps):
+        reference = expected(copy.deepcopy(whole(model)), step, micro_batches, spare=spare)
+        for k in range(micro_batches):
+            sync = not deferred or k == micro_batches - 1
+            if isinstance(model, DistributedDataParallel):
+                model.require_backward_grad_sync = sync  # what no_sync() sets, for forward and backward
+            else:
+                model.set_requires_gradient_sync(sync)
+            (scale * loss_of(model, dist.get_rank(), step, k, spare) / micro_batches).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=step % 2 == 0)
+        moments = handle.moments
+        assert moments.num == micro_batches * dist.get_world_size()
+        assert float(moments.sq_norm_of_mean) == pytest.approx(reference.sq_norm_of_mean, rel=REL)
+        assert float(moments.mean_of_sq_norms) == pytest.approx(reference.mean_of_sq_norms, rel=REL)
+        assert_same_everywhere(scheduler)
+    assert scheduler.metrics()["observations"] == steps
+    weights = [0.5**age for age in range(steps)]
+    effective = sum(weights) ** 2 / sum(w**2 for w in weights)
+    freedom = effective * (micro_batches * dist.get_world_size() - 1)
+    assert scheduler.metrics()["degrees_of_freedom"] == pytest.approx(freedom)
+    return scheduler
+
+
+def sharded(model=None, **options):
+    from torch.distributed.fsdp import fully_shard
+
+    model = model or Model()
+    for block in model.blocks:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def ddp():
+    for deferred in (False, True):
+        for as_view in (False, True):
+            train(DistributedDataParallel(Model(), gradient_as_bucket_view=as_view, find_unused_parameters=True),
+                  deferred=deferred)  # fmt: skip
+    train(DistributedDataParallel(Model(), find_unused_parameters=True), deferred=False, micro_batches=1)
+    train(DistributedDataParallel(Model(), find_unused_parameters=True), deferred=False, spare=True)
+
+
+def ddp_checkpointed():
+    for use_reentrant in (False, True):
+        model = Model(use_reentrant)
+        del model.spare  # DDP allows no unused parameters with reentrant checkpoints
+        model.spare = None
+        train(DistributedDataParallel(model), deferred=True)
+
+
+def ddp_comm_hook():
+    """Trap 22: DDP has one slot for a comm hook, and it is still the user's."""
+    model = DistributedDataParallel(Model(), find_unused_parameters=True)
+    scheduler = SNRAdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.1))
+    scheduler.attach(model)
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    model.register_comm_hook(None, allreduce_hook)
+    loss_of(model, dist.get_rank(), 0, 0).backward()
+    scheduler.optimizer.step()
+    assert scheduler.metrics()["observations"] == 1
+
+
+def fsdp():
+    for deferred in (False, True):
+        train(sharded(), deferred=deferred)
+    train(sharded(), deferred=False, micro_batches=1, kind=torch.optim.AdamW)
+    train(sharded(Model(use_reentrant=False)), deferred=True)  # checkpointed
+    frozen = Model()
+    frozen.first.requires_grad_(False)
+    model = sharded(frozen)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    scheduler = SNRAdaptiveLR(optimizer)
+    scheduler.attach(model)
+    loss_of(model, dist.get_rank(), 0, 0).backward()
+    optimizer.step()
+    assert scheduler.metrics()["observations"] == 1
+
+
+def fsdp_divide_factor():
+    """A loss that is normalised over all ranks by the user: fully_shard must sum, and is asked what it divides by."""
+    model = sharded()
+    if not hasattr(model, "set_gradient_divide_factor"):
+        return
+    for module in (model, *model.blocks):
+        module.set_gradient_divide_factor(1.0)
+    train(model, deferred=True, scale=1 / dist.get_world_size())
+
+
+def hsdp():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    for deferred in (False, True):
+        train(sharded(mesh=mesh), deferred=deferred)
+
+
+def unequal():
+    """Ranks with unequal numbers of unequal micro-batches, one of them NaN on one rank, one step without data."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = DistributedDataParallel(Model(), find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
+    handle = scheduler.attach(model)
+    sizes = [[1.0 + r + k for k in range(1 + r % 2)] for r in range(world)]
+    total, twin, gradients = sum(map(sum, sizes)), Model(), []
+    for r in range(world):
+        for k in range(len(sizes[r])):
+            twin.zero_grad()
+            loss_of(twin, r, 0, k).backward()
+            gradients.append([p.grad for p in twin.parameters()])
+            twin.zero_grad(set_to_none=True)
+    reference = GradientMoments.from_gradients(gradients, [size for of_rank in sizes for size in of_rank])
+    for k, size in enumerate(sizes[rank]):
+        model.require_backward_grad_sync = k == len(sizes[rank]) - 1
+        with handle.sub_batch(size):
+            (loss_of(model, rank, 0, k) * size * world / total).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert handle.moments.num == sum(map(len, sizes))
+    assert float(handle.moments.sq_norm_of_mean) == pytest.approx(reference.sq_norm_of_mean, rel=REL)
+    assert float(handle.moments.mean_of_sq_norms) == pytest.approx(reference.mean_of_sq_norms, rel=REL)
+    factor = scheduler.factor
+    model.require_backward_grad_sync = False
+    (loss_of(model, rank, 0, 0) * (float("nan") if rank == 1 else 1.0)).backward()
+    model.zero_grad()  # a NaN on one rank, and no step
+    model.require_backward_grad_sync = True
+    (loss_of(model, rank, 0, 0) * (float("nan") if rank == 1 else 1.0)).backward()
+    for p in model.parameters():
+        p.grad = None  # so that the weights survive
+    optimizer.step()
+    optimizer.step()  # nothing to measure on any rank
+    metrics = scheduler.metrics()
+    assert scheduler.factor == factor
+    assert (metrics["skipped_invalid"], metrics["skipped_single"], metrics["skipped_unstepped"]) == (1, 1, 1)
+    assert_same_everywhere(scheduler)
+
+
+def refused():
+    """What cannot be measured says so on every rank, before anything can hang."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    def refuses(model, match, error=RuntimeError, **options):
+        scheduler = SNRAdaptiveLR(torch.optim.AdamW(model.parameters(), lr=0.1), **options)
+        with pytest.raises(error, match=match):
+            scheduler.attach(model)
+
+    world = dist.get_world_size()
+    refuses(Model(), f"{world} processes")
+    refuses(sharded(), "euclidean", NotImplementedError, metric="optimizer")
+    mesh = init_device_mesh("cpu", (world,))
+    refuses(parallelize_module(Model(), mesh, {"first": ColwiseParallel()}), "processes|sharded")
+    half = dist.new_group([0])
+    if dist.get_rank() == 0:
+        refuses(DistributedDataParallel(Model(), process_group=half), f"1 of {world} ranks")
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]]()
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,30 @@
+"""Data-parallel moments on two and four gloo processes against one process in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).with_name("distributed_cases.py")
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
+
+
+@pytest.mark.parametrize(
+    ("case", "processes"),
+    [
+        ("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("unequal", 4), ("ddp_checkpointed", 2),
+        ("ddp_comm_hook", 2), ("fsdp_divide_factor", 2), ("refused", 2),
+    ],
+)  # fmt: skip
+def test_every_rank_gets_the_moments_of_one_process(case, processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CASES.parent.parent)}
+    done = subprocess.run(
+        [*command, str(CASES), case], env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
