@@ -194,13 +194,9 @@ class MomentAverages:
         zero = torch.zeros((), dtype=torch.float64)
         # Sums over batches of S, Q = ||g_hat||^2, m - 1 and 1, weighted by w_t = (1 - beta) beta^age.
         self.signal_sum, self.sq_norm_sum, self.dof_sum, self.weight = zero, zero, zero, zero
-        # Sums weighted by w_t^2: what the spread of the ratio over batches is computed from.
-        self.signal_signal_sum, self.signal_sq_norm_sum, self.sq_norm_sq_norm_sum, self.weight_sq = (
-            zero,
-            zero,
-            zero,
-            zero,
-        )
+        # Sums of S^2, S Q and Q^2 weighted by w_t^2: what the spread of the ratio over batches is computed from.
+        self.signal_signal_sum, self.signal_sq_norm_sum, self.sq_norm_sq_norm_sum = zero, zero, zero
+        self.weight_squared, self.weight_cubed = zero, zero
         self.num = zero
         self.observations, self.skipped_single, self.skipped_flat, self.skipped_invalid = zero, zero, zero, zero
 
@@ -225,7 +221,8 @@ class MomentAverages:
         self.signal_signal_sum = keep**2 * self.signal_signal_sum + (gain * signal) ** 2
         self.signal_sq_norm_sum = keep**2 * self.signal_sq_norm_sum + gain**2 * signal * sq_norm
         self.sq_norm_sq_norm_sum = keep**2 * self.sq_norm_sq_norm_sum + (gain * sq_norm) ** 2
-        self.weight_sq = keep**2 * self.weight_sq + gain**2
+        self.weight_squared = keep**2 * self.weight_squared + gain**2
+        self.weight_cubed = keep**3 * self.weight_cubed + gain**3
         self.num = torch.where(usable, num, self.num)
         self.observations = self.observations + usable
         self.skipped_single = self.skipped_single + single
@@ -246,7 +243,7 @@ class MomentAverages:
 
     def effective_observations(self) -> Tensor:
         """How many equally weighted batches the averages are worth, ``(sum w)^2 / sum w^2``."""
-        return self.weight.square() / self.weight_sq
+        return self.weight.square() / self.weight_squared
 
     def degrees_of_freedom(self) -> Tensor:
         """Of the averaged noise: ``m - 1`` per batch, times the effective number of batches."""
@@ -255,14 +252,21 @@ class MomentAverages:
     def ratio_standard_error(self) -> Tensor:
         r"""Standard error of :meth:`ratio`, from the spread over batches; NaN below two of them.
 
-        The delta method for a ratio of means, with residuals ``e_t = S_t - r Q_t``:
-        ``sum_t w_t^2 e_t^2 / (sum_t w_t Q_t)^2 * n / (n - 1)``, ``n`` the effective number of batches. It takes the
-        batches for independent draws with one ``S`` and ``V``; where these drift, the drift counts as spread.
+        The delta method for a ratio of means, with normalised weights ``a_t`` and residuals ``e_t = S_t - r Q_t``:
+
+        .. math::
+            \operatorname{se}^2 = \frac{\sum_t a_t^2 e_t^2}{(\sum_t a_t Q_t)^2} \cdot \frac{A_2}{A_2 - 2 A_3 + A_2^2},
+            \qquad A_k = \sum_t a_t^k
+
+        where the last fraction, ``n / (n - 1)`` for equal weights, undoes that residuals are smaller than errors. It
+        takes the batches for independent draws with one ``S`` and ``V``; where these drift, the drift counts as spread.
         """
-        ratio, n = self.ratio(), self.effective_observations()
+        ratio = self.ratio()
         residuals = self.signal_signal_sum - 2 * ratio * self.signal_sq_norm_sum + ratio**2 * self.sq_norm_sq_norm_sum
-        spread = residuals.clamp_min(0) / self.sq_norm_sum.square()
-        return (spread * n / torch.where(n > 1, n - 1, torch.nan)).sqrt()
+        a2, a3 = self.weight_squared / self.weight**2, self.weight_cubed / self.weight**3
+        shrunk = a2 - 2 * a3 + a2**2  # zero with one batch, where nothing is known
+        correction = a2 / torch.where(shrunk > 1e-12, shrunk, torch.nan)
+        return (residuals.clamp_min(0) / self.sq_norm_sum.square() * correction).sqrt()
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and counters (not ``smoothing``): tensors only."""

@@ -145,3 +145,57 @@ def test_smoothing_zero_is_the_current_batch():
 def test_bad_smoothing_is_named(smoothing):
     with pytest.raises(ValueError, match="smoothing"):
         MomentAverages(smoothing)
+
+
+@pytest.mark.parametrize("smoothing", [0.5, 0.9, 0.98])
+def test_the_standard_error_is_the_spread_over_replicates(smoothing):
+    """2000 streams of gaussian gradients with S / (S + V) = 1 / 2; the delta method is good to some percent."""
+    generator = torch.Generator().manual_seed(0)
+    m, d, steps, streams = 4, 50, 40, 2000
+    noise = torch.randn(steps, streams, m, d, generator=generator) * (m / d) ** 0.5  # V = 1
+    gradients = noise + d**-0.5  # S = 1
+    sq_norm = gradients.mean(2).square().sum(-1).double()
+    mean_sq = gradients.square().sum(-1).mean(2).double()
+    averages = MomentAverages(smoothing)
+    averages.__dict__.update({k: v.expand(streams) for k, v in averages.state_dict().items()})  # all streams at once
+    for q, mean_q in zip(sq_norm, mean_sq, strict=True):
+        moments = GradientMoments(1.0, 1.0, m)
+        moments.__dict__.update(sq_norm_of_mean=q, mean_of_sq_norms=mean_q)
+        averages.update(moments)
+    spread = averages.ratio().std().item()
+    reported = averages.ratio_standard_error().square().mean().sqrt().item()
+    assert reported == pytest.approx(spread, rel=0.1)
+    weights = torch.tensor([smoothing**age for age in range(steps)], dtype=torch.float64)
+    effective = (weights.sum() ** 2 / weights.square().sum()).item()
+    assert averages.effective_observations()[0].item() == pytest.approx(effective)
+    assert averages.degrees_of_freedom()[0].item() == pytest.approx(effective * (m - 1))
+
+
+def test_one_batch_tells_nothing_about_its_spread():
+    averages = MomentAverages(0.9)
+    assert averages.ratio_standard_error().isnan()
+    averages.update(GradientMoments(2.0, 5.0, 4))
+    assert averages.ratio_standard_error().isnan()
+    averages.update(GradientMoments(2.0, 5.0, 4))
+    assert averages.ratio_standard_error() == 0
+
+
+def test_num_may_be_a_tensor():
+    """Where a device would have to be waited for: as after an all-reduce."""
+    known, on_device = MomentAverages(0.5), MomentAverages(0.5)
+    for num in (4, 1, 3):
+        known.update(GradientMoments(2.0, 5.0, num))
+        on_device.update(GradientMoments(2.0, 5.0, torch.tensor(float(num))))
+    assert known.state_dict() == on_device.state_dict()
+    assert GradientMoments(2.0, 5.0, torch.tensor(4.0)).noise == 1.0
+    assert math.isnan(GradientMoments(2.0, 5.0, torch.tensor(1)).noise)
+    for num in (torch.tensor([2.0]), 2.0, True, None):
+        with pytest.raises(TypeError, match="num"):
+            GradientMoments(2.0, 5.0, num)
+
+
+def test_parts_of_one_gradient_only():
+    with pytest.raises(ValueError, match="parts"):
+        GradientMoments.of_parts([])
+    with pytest.raises(ValueError, match="same sub-batches"):
+        GradientMoments.of_parts([GradientMoments(1.0, 2.0, 2), GradientMoments(1.0, 2.0, 3)])

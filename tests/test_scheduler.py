@@ -347,3 +347,46 @@ def test_a_foreign_state_is_refused_and_changes_nothing():
         with pytest.raises(ValueError, match="state_dict"):
             scheduler.load_state_dict(state)
     assert scheduler.state_dict() == before
+
+
+def test_metrics_are_floats_under_stable_names():
+    scheduler = SNRAdaptiveLR(make_optimizer())
+    names = {
+        "factor", "lr", "ceiling", "signal", "noise", "snr", "snr_standard_error", "degrees_of_freedom",
+        "critical_batch_size", "observations", "floor_bound", "skipped_single", "skipped_flat", "skipped_invalid",
+        "skipped_unstepped",
+    }  # fmt: skip
+    assert set(scheduler.metrics()) == names
+    for moments in (HALF, GradientMoments(3.0, 6.0, 4)):
+        scheduler.observe(moments)
+    metrics = scheduler.metrics()
+    assert all(type(value) is float for value in metrics.values())
+    assert metrics["snr"] == pytest.approx(metrics["signal"] / metrics["noise"])
+    assert metrics["snr_standard_error"] > 0
+    assert metrics["degrees_of_freedom"] == pytest.approx(3 * 1.9**2 / 1.81)
+
+
+def test_per_group_moments_set_per_group_factors():
+    optimizer = make_optimizer(groups=2)
+    scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0, per_group=True)
+    scheduler.observe([HALF, GradientMoments(1.0, 1.0, 4)])
+    assert lrs(optimizer) == [0.5, 2.0]
+    scheduler.observe([GradientMoments(0.0, 0.0, 4), GradientMoments(1.0, 4.0, 4)])  # the first carries no information
+    assert lrs(optimizer) == [0.5, 0.02]
+    assert scheduler.metrics()["floor_bound"] == 1
+    resumed_optimizer = make_optimizer(groups=2)
+    resumed = SNRAdaptiveLR(resumed_optimizer, smoothing=0.0, per_group=True)
+    resumed.load_state_dict(scheduler.state_dict())
+    assert lrs(resumed_optimizer) == [0.5, 0.02]
+    for wrong in (HALF, [HALF], [HALF] * 3):
+        with pytest.raises(ValueError, match="2 parameter groups"):
+            scheduler.observe(wrong)
+    with pytest.raises(ValueError, match="per_group"):
+        SNRAdaptiveLR(make_optimizer(groups=2)).load_state_dict(scheduler.state_dict())
+
+
+def test_one_factor_for_all_groups_comes_from_the_sum_of_their_moments():
+    one, several = (SNRAdaptiveLR(make_optimizer(groups=2), smoothing=0.0) for _ in range(2))
+    one.observe(GradientMoments(4.0, 10.0, 4))
+    several.observe([HALF, HALF])
+    assert lrs(one.optimizer) == lrs(several.optimizer) == [0.5, 1.0]
