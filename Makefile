@@ -15,9 +15,12 @@ lint: .venv/ready            ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/ready           ## kernels against their peers (minutes), then the study behind the demo's learning rates
+bench: .venv/ready           ## minutes each; then the two studies of learning rates, an hour
 	$(BIN)/python -m benchmarks.logprob_stats --out runs/bench --plot runs/bench/logprob_stats.png
+	$(BIN)/python -m benchmarks.estimators --out runs/bench
+	$(BIN)/python -m benchmarks.attach_overhead --out runs/bench
 	$(BIN)/python -m benchmarks.lr_ceilings
+	$(BIN)/python -m benchmarks.lr_range
 
 peers: .venv/ready           ## the code bases that `make bench` compares with, where they are missing
 	$(BIN)/pip install -q -c constraints.txt trl liger-kernel ray tensordict hydra-core
@@ -28,6 +31,7 @@ gpu:                         ## tests and benchmarks on the accelerator of this 
 	mkdir -p $(OUT)
 	$(PYTHON) -m pytest -q tests/test_device.py tests/test_logprob_stats.py
 	$(PYTHON) -m benchmarks.logprob_stats --out $(OUT) --plot $(OUT)/logprob_stats.png
+	$(PYTHON) -m benchmarks.attach_overhead --device cuda --steps 20 --out $(OUT)
 	PYTHONPATH=. $(PYTHON) examples/qwen3_arithmetic.py --device cuda --steps 50 --out $(OUT)/qwen3_arithmetic
 
 .venv/ready: pyproject.toml constraints.txt

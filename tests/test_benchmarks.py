@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import harness, logprob_stats
+from benchmarks import attach_overhead, estimators, harness, logprob_stats, lr_range
 from snr_optim.kernels._launch import Cost
 
 CPU = torch.device("cpu")
@@ -54,3 +54,42 @@ def test_the_bench_writes_its_origin_and_finds_the_cancellation(tmp_path, monkey
 
 def test_the_limit_is_time_for_the_bytes():
     assert harness.Limits(bandwidth=2e9, matmul=1e12).seconds(Cost(bytes=4_000_000_000, flops=1)) == 2.0
+
+
+def test_the_range_is_read_off_the_means():
+    rows = [
+        {"optimizer": "sgd", "schedule": "snr", "ceiling": ceiling, "seed": seed, "final": final + 0.01 * seed}
+        for ceiling, final in ((0.1, 0.1), (0.2, 0.38), (0.4, 0.4), (0.8, 0.33), (1.6, 0.0))
+        for seed in (-1, 1)
+    ]
+    [row] = lr_range.summary(rows)
+    assert row["best"] == pytest.approx(0.4)
+    assert (row["best_ceiling"], row["within_10_percent"], row["highest_at_80_percent"]) == (0.4, [0.2, 0.4], 0.8)
+    assert row["final_reward"]["0.8"] == pytest.approx([0.33, 0.01])
+
+
+def test_adascale_is_its_gain_by_definition():
+    """(sigma^2 + mu^2) / (sigma^2 / m + mu^2) with one batch seen; the lr is the ceiling times gain / m."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    rule = lr_range.AdaScale(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+    moments = lr_range.GradientMoments(3.0, 9.0, 4)  # S = 1, V = 2, so sigma^2 = 8
+    rule.observe(moments)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * ((8 + 1) / (8 / 4 + 1)) / 4)
+
+
+def test_attach_overhead_measures_a_step(tmp_path, monkeypatch, capsys):
+    options = ["--models", "tiny", "--metrics", "euclidean", "--steps", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench", *options])
+    attach_overhead.main()
+    [row] = json.loads((tmp_path / "attach_overhead.json").read_text())["rows"]
+    assert 0 < row["inside_hooks"] < 1
+    assert row["parameters"] > 50_000
+
+
+def test_estimators_tell_good_from_bad(tmp_path, monkeypatch, capsys):
+    options = ["--steps", "30", "--replicates", "50", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench", *options])
+    estimators.main()
+    result = json.loads((tmp_path / "estimators.json").read_text())
+    assert "--steps 30" in result["command"]
+    assert (tmp_path / "estimators.png").stat().st_size > 1000

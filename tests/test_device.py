@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from snr_optim import AccumulationSource, GradientMoments, GradWeightedBaseline, SNRAdaptiveLR, logit_grad_norms
+from snr_optim import GradientMoments, GradWeightedBaseline, SNRAdaptiveLR, logit_grad_norms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -20,17 +20,45 @@ def test_baseline_and_norms_equal_the_cpu():
     assert torch.allclose(logit_grad_norms(logits.cuda(), labels.cuda()).cpu(), norms, rtol=1e-5)
 
 
-def test_observing_with_a_tensor_lr_waits_for_nothing():
-    model = nn.Linear(8, 1).cuda()
-    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(1.0, device="cuda"), capturable=True)
-    scheduler, source = SNRAdaptiveLR(optimizer, smoothing=0.0), AccumulationSource(model)
-    scheduler.observe(GradientMoments(torch.ones((), device="cuda"), torch.ones((), device="cuda"), 2))
+@pytest.mark.parametrize("metric", ["euclidean", "optimizer"])
+def test_an_attached_step_with_a_tensor_lr_waits_for_nothing(metric):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)).cuda()
+    lr = torch.tensor(1e-3, device="cuda")
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, capturable=True)
+    scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0, metric=metric)
+    handle = scheduler.attach(model)
+
+    def step():
+        for _ in range(4):
+            model(torch.randn(4, 8, device="cuda")).mean().mul(0.25).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
     for _ in range(2):
-        with source.sub_batch(share=0.5):
-            model(torch.randn(4, 8, device="cuda")).mean().mul(0.5).backward()
+        step()  # states are made
     torch.cuda.set_sync_debug_mode("error")
     try:
-        scheduler.observe(source.moments())
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(scheduler.factor)
+    assert handle.moments.num == 4
+    assert lr.item() == pytest.approx(1e-3 * scheduler.factor)
+
+
+def test_moments_on_the_device_equal_those_on_the_cpu():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    inputs, moments = torch.randn(4, 5, 8), []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        with SNRAdaptiveLR(optimizer).attach(model) as handle:
+            for x in inputs.to(device):
+                model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moments.append(handle.moments)
+    assert isinstance(moments[0], GradientMoments)
+    assert float(moments[1].sq_norm_of_mean) == pytest.approx(float(moments[0].sq_norm_of_mean), rel=1e-4)
+    assert float(moments[1].mean_of_sq_norms) == pytest.approx(float(moments[0].mean_of_sq_norms), rel=1e-4)
