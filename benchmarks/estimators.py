@@ -110,33 +110,17 @@ def ratio_and_error(seen: Batches, smoothing: float) -> tuple[Array, Array]:
 
 
 def shrunk(value: Array, squared_error: Array) -> Array:
-    """The value, pulled to 0 as it sinks into its error: half of it is left at two standard errors."""
+    """As `MomentAverages.shrunk_ratio`: half of the value is left at two standard errors."""
     square = value**2
     return value * square / np.maximum(square + 4 * squared_error, 1e-300)
 
 
 def ours_shrunk(smoothing: float, floor: float) -> Estimator:
-    """Candidate: the ratio, shrunk by its own standard error."""
+    """The default, at 0.95: the ratio, shrunk by its own standard error."""
 
     def factor(seen: Batches) -> Array:
         ratio, squared_error = ratio_and_error(seen, smoothing)
         return shrunk(ratio.clip(0, 1), squared_error).clip(floor, 1)
-
-    return factor
-
-
-def ours_two_windows(short: float, long: float, floor: float) -> Estimator:
-    """Candidate: the long average, moved to the short one as far as their difference stands out of the error.
-
-    What comes out is shrunk as in the other candidate, by the errors of both, mixed as they are.
-    """
-
-    def factor(seen: Batches) -> Array:
-        (near, near_error), (far, far_error) = ratio_and_error(seen, short), ratio_and_error(seen, long)
-        difference = near - far
-        share = difference**2 / np.maximum(difference**2 + 4 * near_error, 1e-300)
-        error = share * np.sqrt(near_error) + (1 - share) * np.sqrt(far_error)
-        return shrunk((far + share * difference).clip(0, 1), error**2).clip(floor, 1)
 
     return factor
 
@@ -190,14 +174,10 @@ FLOOR, NO_FLOOR = 0.01, 0.0
 OURS: dict[str, Estimator] = {
     **{f"ours {beta:g}": ours(beta, FLOOR) for beta in (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)},
     **{f"ours {beta:g}, no floor": ours(beta, NO_FLOOR) for beta in (0.9, 0.95, 0.98)},
+    "ours auto (default)": ours_shrunk(0.95, FLOOR),
+    "ours auto, no floor": ours_shrunk(0.95, NO_FLOOR),
 }
-CANDIDATES: dict[str, Estimator] = {
-    "candidate: shrunk 0.95": ours_shrunk(0.95, FLOOR),
-    "candidate: shrunk 0.95, no floor": ours_shrunk(0.95, NO_FLOOR),
-    "candidate: windows 0.9, 0.99": ours_two_windows(0.9, 0.99, FLOOR),
-    "candidate: windows 0.9, 0.99, no floor": ours_two_windows(0.9, 0.99, NO_FLOOR),
-}
-ESTIMATORS = PEERS | OURS | CANDIDATES
+ESTIMATORS = PEERS | OURS
 
 
 # --------------------------------------------------------------------------------------------------------- the checks
@@ -227,6 +207,8 @@ def check_ours(rng: np.random.Generator, steps: int = 50) -> float:
             worst = max(worst, *(float(abs(averages.ratio().item() - r[t, 0])) for r in (ratio, unclamped)))
             if t and squared_error is not None:
                 worst = max(worst, abs(averages.ratio_standard_error().item() - math.sqrt(squared_error[t, 0])))
+                whole = shrunk(ratio[t].clip(0, 1), squared_error[t])[0]
+                worst = max(worst, abs(averages.shrunk_ratio().item() - whole))
     if worst > 1e-9:
         raise AssertionError(f"the bench's averages are not those of snr_optim: {worst:.3g}")
     return worst
@@ -362,9 +344,8 @@ SHOWN = {
     "mean of ratios 0.99": ("tab:brown", "-"),
     "ours 0": ("tab:blue", ":"),
     "ours 0.9": ("tab:blue", "--"),
-    "ours 0.95, no floor": ("tab:blue", "-."),
-    "candidate: shrunk 0.95, no floor": ("tab:blue", "-"),
-    "candidate: windows 0.9, 0.99, no floor": ("black", "-"),
+    "ours auto, no floor": ("tab:blue", "-."),
+    "ours auto (default)": ("tab:blue", "-"),
 }
 
 

@@ -188,7 +188,7 @@ class MomentAverages:
     """
 
     def __init__(self, smoothing: float) -> None:
-        if not 0 <= smoothing < 1:
+        if not isinstance(smoothing, (int, float)) or not 0 <= smoothing < 1:
             raise ValueError(f"smoothing: expected a number in [0, 1), got {smoothing!r}")
         self.smoothing = float(smoothing)
         zero = torch.zeros((), dtype=torch.float64)
@@ -267,6 +267,21 @@ class MomentAverages:
         shrunk = a2 - 2 * a3 + a2**2  # zero with one batch, where nothing is known
         correction = a2 / torch.where(shrunk > 1e-12, shrunk, torch.nan)
         return (residuals.clamp_min(0) / self.sq_norm_sum.square() * correction).sqrt()
+
+    def shrunk_ratio(self) -> Tensor:
+        r"""The ratio ``r``, within [0, 1], pulled towards zero as it sinks into its own standard error.
+
+        .. math::
+            r \cdot \frac{r^2}{r^2 + (2 \operatorname{se})^2}
+
+        Half of it is left where it is two standard errors from zero, all of it where it is well known, or where nothing
+        is known of its error yet. With ``smoothing=0.95`` its regret as a learning-rate factor is the lowest, at every
+        SNR, of all the estimators in ``benchmarks/estimators.py``, averaged over its scenarios.
+        """
+        ratio, error = self.ratio().clamp(0, 1), self.ratio_standard_error()
+        square = ratio.square()
+        kept = square / (square + (2 * error).square()).clamp_min(torch.finfo(square.dtype).tiny)
+        return torch.where(error.isnan(), ratio, ratio * kept)
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and counters (not ``smoothing``): tensors only."""

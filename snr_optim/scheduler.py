@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from snr_optim.attachment import Attachment
 from snr_optim.moments import GradientMoments, MomentAverages
 from snr_optim.sources import AdamNorm, Norm, euclidean
+
+AUTO_SMOOTHING = 0.95
 
 
 class SNRAdaptiveLR(LRScheduler):
@@ -47,7 +49,9 @@ class SNRAdaptiveLR(LRScheduler):
         schedule: an inner scheduler on the same optimizer that moves the ceiling: warm-up, cosine,
             ``SequentialLR``, ... ``step()`` steps it, so do not step it yourself. (``ChainedScheduler``
             would let its closed-form members overwrite the factor.)
-        smoothing: weight of the past in the averages; ``0`` uses the current batch alone, as in the paper.
+        smoothing: weight of the past in the averages, in ``[0, 1)``; ``0`` is the current batch alone, as in the paper.
+            ``"auto"``: 0.95, and the factor is pulled to its floor where it cannot be told from zero
+            (:meth:`MomentAverages.shrunk_ratio`).
         min_factor: floor that keeps the learning rate alive where no signal can be measured.
         max_factor: upper clamp, at most 1; also the factor until anything is known.
         metric: of the norms that ``attach()`` takes. ``"euclidean"``: plain 2-norms, as in the paper.
@@ -78,7 +82,7 @@ class SNRAdaptiveLR(LRScheduler):
         optimizer: Optimizer,
         schedule: LRScheduler | None = None,
         *,
-        smoothing: float = 0.9,
+        smoothing: float | Literal["auto"] = "auto",
         min_factor: float = 0.01,
         max_factor: float = 1.0,
         metric: str = "euclidean",
@@ -107,8 +111,10 @@ class SNRAdaptiveLR(LRScheduler):
         self._scheduled = [_copy(group["lr"]) for group in optimizer.param_groups]
         self.min_factor, self.max_factor = float(min_factor), float(max_factor)
         self.metric, self.adapt, self.per_group = metric, adapt, per_group
-        self._averages = MomentAverages(smoothing)
-        self._group_averages = [MomentAverages(smoothing) for _ in optimizer.param_groups] if per_group else []
+        self._shrinks = smoothing == "auto"
+        beta = AUTO_SMOOTHING if smoothing == "auto" else smoothing
+        self._averages = MomentAverages(beta)
+        self._group_averages = [MomentAverages(beta) for _ in optimizer.param_groups] if per_group else []
         self._floor_bound = torch.zeros((), dtype=torch.float64)
         self._dropped = 0
         self._attachment: Attachment | None = None
@@ -169,7 +175,7 @@ class SNRAdaptiveLR(LRScheduler):
         for averages, part in zip(self._group_averages, parts, strict=False):
             averages.update(part)
         folded_in = self._averages.observations > before.to(self._averages.observations.device)
-        lowest = torch.stack([averages.ratio().nan_to_num(1.0) for averages in self._used_averages()]).min()
+        lowest = torch.stack([self._ratio(averages).nan_to_num(1.0) for averages in self._used_averages()]).min()
         floor_binds = folded_in & (lowest < self.min_factor)
         self._floor_bound = self._floor_bound.to(floor_binds.device) + floor_binds
         if self._in_charge():
@@ -291,8 +297,11 @@ class SNRAdaptiveLR(LRScheduler):
     def _used_averages(self) -> list[MomentAverages]:
         return self._group_averages if self.per_group else [self._averages]
 
+    def _ratio(self, averages: MomentAverages) -> Tensor:
+        return averages.shrunk_ratio() if self._shrinks else averages.ratio()
+
     def _factor(self, averages: MomentAverages) -> Tensor:
-        clamped = averages.ratio().clamp(self.min_factor, self.max_factor)
+        clamped = self._ratio(averages).clamp(self.min_factor, self.max_factor)
         return torch.where(averages.observations > 0, clamped, self.max_factor)
 
     def _step_schedule(self) -> None:

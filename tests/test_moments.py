@@ -180,6 +180,21 @@ def test_one_batch_tells_nothing_about_its_spread():
     assert averages.ratio_standard_error() == 0
 
 
+def test_the_shrunk_ratio_is_half_at_two_standard_errors():
+    averages = MomentAverages(0.9)
+    averages.update(GradientMoments(2.0, 5.0, 4))
+    assert averages.shrunk_ratio() == averages.ratio() == 0.5  # one batch: nothing is known of its error
+    averages.update(GradientMoments(2.0, 5.0, 4))
+    assert averages.shrunk_ratio() == 0.5  # no error
+    averages.update(GradientMoments(4.0, 12.0, 4))
+    ratio, error = averages.ratio().item(), averages.ratio_standard_error().item()
+    assert averages.shrunk_ratio().item() == pytest.approx(ratio**3 / (ratio**2 + 4 * error**2))
+    for _ in range(20):
+        averages.update(GradientMoments(1.0, 5.0, 4))
+    assert averages.ratio() < 0
+    assert averages.shrunk_ratio() == 0
+
+
 def test_num_may_be_a_tensor():
     """Where a device would have to be waited for: as after an all-reduce."""
     known, on_device = MomentAverages(0.5), MomentAverages(0.5)

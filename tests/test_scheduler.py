@@ -349,6 +349,18 @@ def test_a_foreign_state_is_refused_and_changes_nothing():
     assert scheduler.state_dict() == before
 
 
+def test_smoothing_auto_shrinks_and_a_number_does_not():
+    plain, auto = SNRAdaptiveLR(make_optimizer(), smoothing=0.95), SNRAdaptiveLR(make_optimizer())
+    for moments in (HALF, TENTH, HALF, TENTH):
+        plain.observe(moments)
+        auto.observe(moments)
+    ratio, error = plain._averages.ratio().item(), plain._averages.ratio_standard_error().item()
+    assert plain.factor == ratio
+    assert auto.factor == pytest.approx(ratio**3 / (ratio**2 + 4 * error**2))
+    with pytest.raises(ValueError, match="smoothing"):
+        SNRAdaptiveLR(make_optimizer(), smoothing="long")
+
+
 def test_metrics_are_floats_under_stable_names():
     scheduler = SNRAdaptiveLR(make_optimizer())
     names = {
@@ -363,7 +375,7 @@ def test_metrics_are_floats_under_stable_names():
     assert all(type(value) is float for value in metrics.values())
     assert metrics["snr"] == pytest.approx(metrics["signal"] / metrics["noise"])
     assert metrics["snr_standard_error"] > 0
-    assert metrics["degrees_of_freedom"] == pytest.approx(3 * 1.9**2 / 1.81)
+    assert metrics["degrees_of_freedom"] == pytest.approx(3 * 1.95**2 / (1 + 0.95**2))
 
 
 def test_per_group_moments_set_per_group_factors():
