@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from snr_optim.moments import GradientMoments
 from snr_optim.sources import Norm, source_of
-from snr_optim.sources.backward import current_backward, loss_scale
+from snr_optim.sources.backward import current_backward, is_nested_step, loss_scale
 
 if TYPE_CHECKING:
     from snr_optim.scheduler import SNRAdaptiveLR
@@ -50,11 +50,10 @@ class Attachment:
             )
         self._refuse_strangers()
         self._watch()
-        self._hooks = [
-            self._optimizer.register_step_pre_hook(self._on_step),
-            self._optimizer.register_step_post_hook(self._on_step_end),
-        ]
-        self._in_step = False
+        # Not traced: a compiled step() would take the lr for a constant.
+        self._hook = self._optimizer.register_step_pre_hook(
+            torch.compiler.disable(self._on_step)  # type: ignore[no-untyped-call]
+        )
         self._attached = True
         self.moments: GradientMoments | None = None
         self._warned = False
@@ -73,8 +72,7 @@ class Attachment:
         if self._attached:
             self._attached = False
             self._source.remove()
-            for hook in self._hooks:
-                hook.remove()
+            self._hook.remove()
 
     @property
     def attached(self) -> bool:
@@ -112,9 +110,8 @@ class Attachment:
                 "attach: optimizer.step() is being captured into a CUDA graph, which replays no hook. Use a tensor lr, "
                 "and observe() outside the graph"
             )
-        if self._in_step and not self._source.recorded:
-            return None  # the step of a base class, within that of the optimizer
-        self._in_step = True
+        if is_nested_step(optimizer):
+            return None  # that of a base class: the batch was measured when the outer one began
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
             self._observe()
@@ -122,9 +119,6 @@ class Attachment:
         # The closure holds the backward pass, and every optimizer that calls it once reads its lr after it.
         rest = {name: value for name, value in kwargs.items() if name != "closure"}
         return (args[0], self._then_observe(closure), *args[2:]), rest
-
-    def _on_step_end(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._in_step = False
 
     def _then_observe(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def measured() -> Any:
@@ -142,8 +136,10 @@ class Attachment:
         self._scheduler._count_dropped(self._source.dropped)
         self._source.dropped = 0
         if self._trainable() != self._watched:  # parameters were added, or unfrozen: watched from the next batch on
-            self._source.remove()
-            self._watch()
+            self._watched = self._trainable()
+            if self._watched:
+                self._source.remove()
+                self._watch()
             parts = [GradientMoments(math.nan, math.nan, parts[0].num)] * len(self._optimizer.param_groups)
         self.moments = GradientMoments.of_parts(parts)
         if isinstance(self.moments.num, int) and self.moments.num == 1 and not self._warned:

@@ -297,7 +297,8 @@ class MomentAverages:
     def _to_state(self, value: Number) -> Tensor:
         """The value in the state's precision; the state follows the moments to their device."""
         if not isinstance(value, Tensor):
-            return torch.as_tensor(value, dtype=self.weight.dtype, device=self.weight.device)
+            # Filled in place, where copying a number over would wait for the device.
+            return torch.full((), value, dtype=self.weight.dtype, device=self.weight.device)
         if value.device != self.weight.device:
             dtype = torch.float32 if value.device.type == "mps" else torch.float64
             for name, state in vars(self).items():

@@ -6,7 +6,9 @@ Rank ``r``, micro-batch ``k`` has the gradient ``g_rk`` that one process compute
 from __future__ import annotations
 
 import copy
+import os
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -218,6 +220,61 @@ def unequal():
     assert_same_everywhere(scheduler)
 
 
+def inconsistent():
+    """Ranks that do not agree on what was measured: NaN on all of them, and counted."""
+    rank = dist.get_rank()
+
+    def step(model, micro_batches, stated=False):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        scheduler = SNRAdaptiveLR(optimizer)
+        handle = scheduler.attach(model)
+        for k in range(micro_batches):
+            model.require_backward_grad_sync = k == micro_batches - 1
+            with handle.sub_batch(1.0) if stated else nullcontext():
+                loss_of(model, rank, 0, k).backward()
+        optimizer.step()
+        assert_same_everywhere(scheduler)
+        return scheduler.metrics()["skipped_invalid"]
+
+    def ddp_model():
+        return DistributedDataParallel(Model(), find_unused_parameters=True)
+
+    assert step(ddp_model(), micro_batches=2) == 0
+    assert step(ddp_model(), micro_batches=1 + rank) == 1
+    assert step(ddp_model(), micro_batches=2, stated=rank == 0) == 1
+    unreduced = ddp_model()
+    unreduced.register_comm_hook(None, no_reduction)
+    assert step(unreduced, micro_batches=2) == 1
+
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = ddp_model()  # one rank's backward pass comes before its closure, another's in it
+    optimizer = Twice(model.parameters(), lr=0.0)
+    scheduler = SNRAdaptiveLR(optimizer)
+    scheduler.attach(model)
+    loss = loss_of(model, rank, 0, 0)
+    if rank == 0:
+        loss.backward()
+    optimizer.step((lambda: loss) if rank == 0 else loss.backward)
+    assert scheduler.metrics()["observations"] == 1
+
+    def joined():
+        with model.join():
+            loss_of(model, rank, 0, 0).backward()
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match="join"):
+        joined()
+
+
+def no_reduction(state, bucket):
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
 def refused():
     """What cannot be measured says so on every rank, before anything can hang."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -244,3 +301,4 @@ if __name__ == "__main__":
     globals()[sys.argv[1]]()
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo and DDP that still run abort the interpreter's own way out, now and then

@@ -105,6 +105,31 @@ def test_trap_10_statistics_are_unscaled_under_grad_scaler(fused, unscale):
     assert metrics["skipped_invalid"] + metrics["skipped_unstepped"] == 1
 
 
+def test_a_disabled_grad_scaler():
+    model = tied_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    _, handle = attached(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    expected = expected_moments(model)
+    backward(model, scale=scaler.scale)
+    scaler.step(optimizer)
+    assert_measured(handle, expected)
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_a_compiled_step_takes_the_lr_of_its_batch(tensor_lr):
+    model = tied_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(1e-2).double() if tensor_lr else 1e-2)
+    scheduler, _ = attached(model, optimizer)
+    compiled_step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(4):
+        backward(model)
+        before, gradient = model[2].weight.detach().clone(), model[2].weight.grad.clone()
+        compiled_step()
+        optimizer.zero_grad()
+        assert torch.allclose(model[2].weight, before - 1e-2 * scheduler.factor * gradient, rtol=1e-6)
+
+
 def test_bfloat16_autocast():
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     inputs = torch.randn(4, 5, 6)
@@ -138,6 +163,29 @@ def test_trap_13_an_optimizer_that_clears_grad_in_step():
         optimizer.step()
         assert_measured(handle, expected)
     assert scheduler.metrics()["observations"] == 3
+
+
+def test_a_step_that_fails_spoils_none_of_the_next():
+    class Failing(torch.optim.SGD):
+        fails = True
+
+        def step(self, closure=None):
+            if self.fails:
+                raise FloatingPointError
+            return super().step(closure)
+
+    model = tied_model()
+    optimizer = Failing(model.parameters(), lr=1e-3)
+    scheduler, handle = attached(model, optimizer)
+    backward(model)
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.fails = False
+    expected = expected_moments(model)
+    optimizer.step(lambda: backward(model))
+    assert_measured(handle, expected)
+    assert scheduler.metrics()["observations"] == 2
 
 
 def test_trap_13_a_step_inside_backward_is_refused():

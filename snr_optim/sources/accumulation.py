@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from snr_optim.moments import ROUNDING, GradientMoments
-from snr_optim.sources.backward import at_end_of_backward, current_backward, in_reentrant_checkpoint
+from snr_optim.sources.backward import at_end_of_backward, current_backward, is_nested_backward
 from snr_optim.sources.norms import Norm, euclidean
 
 
@@ -36,9 +36,11 @@ class AccumulationSource:
     sequences of a prompt into the same micro-batch.
 
     **What is no gradient of the loss** never becomes one. A batch whose ``.grad`` was cleared without a call to
-    :meth:`moments` is dropped and counted in ``dropped``. Where ``.grad`` was not empty before the first backward
-    pass, or was changed between two of them, or where a parameter got its gradient in pieces, the moments are NaN, and
-    :class:`SNRAdaptiveLR` counts them as invalid. ``torch.autograd.grad`` leaves ``.grad`` alone and does not count.
+    :meth:`moments` is dropped and counted in ``dropped``. The moments are NaN, which :class:`SNRAdaptiveLR` counts as
+    invalid, where ``.grad`` was not empty before the first backward pass, was changed between two of them or is not
+    what the hooks saw; where a parameter got its gradient in pieces, or a backward pass failed; and where no two
+    backward passes have a parameter in common (losses of different parts: put them into one :meth:`sub_batch`).
+    ``torch.autograd.grad`` leaves ``.grad`` alone and does not count.
 
     Args:
         model: its parameters that require grad now are watched; no change to model or loss.
@@ -71,39 +73,35 @@ class AccumulationSource:
         if not self.parameters:
             raise ValueError("model: expected at least one parameter with requires_grad")
         self._norm = norm
-        self._device = self.parameters[0].device
         self.dropped = 0
         self._batch = _Batch()
         self._sub_batch: _SubBatch | None = None  # the one whose gradients are arriving
         self._stated_size: float | None = None  # of the sub_batch() that is open
-        self._running: dict[int, set[int]] = {}  # backward passes that have not ended: whose gradients came
+        self._running: dict[int, _Backward] = {}  # backward passes that have begun and not ended
         self._latest = -1  # the one that began last
-        self._state: list[_GradState] = []  # how the last backward pass left every .grad
+        self._states: list[_GradState] = []  # how the last one left every .grad
         self._warned = False
         self._handles: list[RemovableHandle] = []
         self._watch()
 
     # -- what a source yields -----------------------------------------------------------------------
 
-    @property
-    def recorded(self) -> bool:
-        """Has a gradient come since the last call of :meth:`moments`?"""
-        return self._sub_batch is not None or bool(self._batch.sizes)
-
     def moments(self) -> GradientMoments:
         """Moments of the batch accumulated since the last call; starts the next batch.
 
         Call it at any time between the last backward pass and the next: clipping, unscaling and the optimizer do
-        not matter. Never raises: with no backward pass ``num`` is 1, and what cannot be measured is NaN.
+        not matter. With no backward pass ``num`` is 1; what cannot be measured is NaN.
         """
         return GradientMoments.of_parts(self.group_moments())
 
     @torch.no_grad()
     def group_moments(self) -> list[GradientMoments]:
         """The same, one for each parameter group."""
+        if self._running:
+            self._batch.fault = "a backward pass failed half-way"
+            self._running.clear()
         self._close()
-        batch, self._batch = self._batch, _Batch()
-        self._state = []
+        batch, self._batch, self._states = self._batch, _Batch(), []
         return self._to_moments(*self._sums(batch))
 
     @contextmanager
@@ -111,31 +109,33 @@ class AccumulationSource:
         """States the size of the backward pass within: its number of prompts, or its share of the batch.
 
         For micro-batches of unequal size whose gradients are sums over their prompts, all scaled alike. Either all
-        sub-batches of a batch have their sizes stated, or none.
+        sub-batches of a batch have their sizes stated, or none. Several backward passes within, of losses that have no
+        parameter in common, are one sub-batch; none at all is one without gradient (a micro-batch of flat rewards that
+        was skipped).
 
         Args:
             size: positive, in the same unit for the whole batch.
 
         Raises:
             ValueError: ``size`` is not positive and finite.
-            RuntimeError: sub-batches are nested; no gradient came; or a parameter got its gradient in pieces, as
-                from two backward passes.
+            RuntimeError: sub-batches are nested, a parameter got its gradient in pieces, or the source was removed.
         """
         if not 0 < size < float("inf"):
             raise ValueError(f"size: expected a positive number of prompts, or a share, got {size!r}")
         if self._stated_size is not None:
             raise RuntimeError("sub_batch: the previous sub-batch is still open")
+        if not self._handles:
+            raise RuntimeError("sub_batch: the source was removed")
         self._close()
         self._stated_size = float(size)
         try:
             yield
+            self._sub_batch = self._sub_batch or self._open()
+            if self._sub_batch.in_pieces:
+                raise RuntimeError("sub_batch: a parameter got a gradient twice; expected one backward() per sub_batch")
+            self._close()
         finally:
-            arrived, self._stated_size = self._sub_batch, None
-        if arrived is None:
-            raise RuntimeError("sub_batch: no gradient reached the parameters; was backward() called?")
-        if arrived.in_pieces:
-            raise RuntimeError("sub_batch: a parameter got a gradient twice; expected one backward() per sub_batch")
-        self._close()
+            self._stated_size = None
 
     def remove(self) -> None:
         """Take the hooks off; the source yields nothing any more."""
@@ -157,68 +157,70 @@ class AccumulationSource:
 
     @torch.no_grad()
     def _on_gradient(self, index: int, gradient: Tensor) -> None:
-        if current_backward() not in self._running:
-            self._on_begin(current_backward(), index)
-        sub_batch = self._sub_batch
-        if sub_batch is None or (index in sub_batch.norms and sub_batch.nested and self._stated_size is None):
-            sub_batch = self._open()
+        number = current_backward()
+        backward = self._running.get(number) or self._on_begin(number, index)
+        sub_batch = self._sub_batch or self._open()
         if index in sub_batch.norms:
-            sub_batch.in_pieces = True  # ||a + b||^2 is not ||a||^2 + ||b||^2
+            # Within checkpoints a parameter's next gradient belongs to the next backward(), unless that around them,
+            # which was seen, is still running.
+            if backward.nested and self._stated_size is None and all(one.nested for one in self._running.values()):
+                sub_batch = self._open()
+            else:
+                sub_batch.in_pieces = True  # ||a + b||^2 is not ||a||^2 + ||b||^2
         sub_batch.norms[index] = self._norm(self.parameters[index], gradient)
-        self._running[current_backward()].add(index)
+        backward.arrived.add(index)
 
-    def _on_begin(self, backward: int, index: int) -> None:
+    def _on_begin(self, number: int, index: int) -> _Backward:
         """The first gradient of a backward pass, that of parameter ``index``, has come."""
-        nested = in_reentrant_checkpoint()
+        nested = is_nested_backward()
         if self._running and not nested:  # its end never came
             self._running.clear()
             self._drop()
         # A pass that began before the latest one is that around a checkpoint's: both are one backward().
-        another = not nested and backward > self._latest
-        self._running[backward] = set()
-        self._latest = max(self._latest, backward)
+        another = not nested and number > self._latest
+        self._latest = max(self._latest, number)
         if self._sub_batch is None or (another and self._stated_size is None):
             self._open()
-        assert self._sub_batch is not None
-        self._sub_batch.nested |= nested
-        at_end_of_backward(partial(self._on_end, backward, index, self._grad_states()))
+        backward = self._running[number] = _Backward(nested, index, self._grad_states())
+        at_end_of_backward(partial(self._on_end, number))
+        return backward
 
     @torch.no_grad()
-    def _on_end(self, backward: int, index: int, before: list[_GradState]) -> None:
+    def _on_end(self, number: int) -> None:
         """A backward pass is over, and its gradients are in ``.grad``."""
-        arrived = self._running.pop(backward, set())
-        if self._sub_batch is None:
+        backward, sub_batch = self._running.pop(number, None), self._sub_batch
+        if backward is None or sub_batch is None:
             return
-        after = self._grad_states()
-        if not self._accumulated(index, before, after):  # it was torch.autograd.grad
-            for i in arrived:
-                self._sub_batch.norms.pop(i, None)
+        if not self._accumulated(backward):  # it was torch.autograd.grad
+            for i in backward.arrived:
+                sub_batch.norms.pop(i, None)
             return
-        self._batch.reduced = self._reduced(before, after)
-        if self._batch.reduced:
-            self._measure(arrived)
-        self._state = after
+        self._batch.reduced = self._reduced(backward)
+        self._measure(sub_batch, backward.arrived)
+        self._states = self._grad_states()
 
     def _open(self) -> _SubBatch:
-        """A sub-batch begins; and a new batch with it, where ``.grad`` was cleared or changed since the last one."""
-        if self._state and self._changed(self._state, self._grad_states()):
+        """A sub-batch begins; and a new batch with it, where ``.grad`` was cleared since the last one."""
+        if self._changed():
             self._drop()
         self._close()
-        if (
-            not self._batch.sizes
-        ):  # .grad should be None or zero: what is left of it tells when the moments are computed
-            self._batch.rest = [self._norm_of_grad(p) for p in self.parameters if p.grad is not None]
+        batch = self._batch
+        if batch.sizes:  # .grad is still what the last pass left, even where no version tells
+            left = ((self.parameters[i], norm) for i, norm in batch.of_grad.items())
+            batch.must_be_zero += [_difference(self._norm_of_grad(p), norm) for p, norm in left if p.grad is not None]
+        else:
+            batch.must_be_zero = [self._norm_of_grad(p) for p in self.parameters if p.grad is not None]
         self._sub_batch = _SubBatch(self._stated_size)
         return self._sub_batch
 
     def _drop(self) -> None:
         self.dropped += 1
-        self._batch, self._sub_batch, self._state = _Batch(), None, []
+        self._batch, self._sub_batch, self._states = _Batch(), None, []
 
     def _close(self) -> None:
         """Fold the sub-batch that is open into the batch."""
         sub_batch, self._sub_batch = self._sub_batch, None
-        if sub_batch is None or not sub_batch.norms:
+        if sub_batch is None or not (sub_batch.norms or sub_batch.size):
             return
         batch, size = self._batch, sub_batch.size
         if batch.sizes and batch.stated != (size is not None):
@@ -228,28 +230,33 @@ class AccumulationSource:
         batch.stated = size is not None
         batch.sizes.append(size or 1.0)
         batch.scaled.append(self._by_group(sub_batch.norms) / batch.sizes[-1])
+        batch.overlap |= not batch.seen.isdisjoint(sub_batch.norms)
+        batch.seen |= sub_batch.norms.keys()
 
     # -- what lies in .grad -------------------------------------------------------------------------
 
     def _grad_states(self) -> list[_GradState]:
-        return [_GradState.of(p) for p in self.parameters]
+        return [_GradState(p) for p in self.parameters]
 
-    def _accumulated(self, index: int, before: list[_GradState], after: list[_GradState]) -> bool:
-        """Did the backward pass add the gradient of parameter ``index`` to its ``.grad``?"""
-        return before[index] != after[index]
+    def _accumulated(self, backward: _Backward) -> bool:
+        """Did the backward pass add its first gradient to ``.grad``?"""
+        return not backward.states[backward.first].holds(self.parameters[backward.first])
 
-    def _changed(self, before: list[_GradState], after: list[_GradState]) -> bool:
-        """Has anyone cleared or changed ``.grad`` between two backward passes?"""
-        return before != after
+    def _changed(self) -> bool:
+        """Has anyone cleared or replaced ``.grad`` since the last backward pass?"""
+        return not all(state.holds(p) for state, p in zip(self._states, self.parameters, strict=False))
 
-    def _reduced(self, before: list[_GradState], after: list[_GradState]) -> bool:
+    def _reduced(self, backward: _Backward) -> bool:
         """Is ``.grad`` now the gradient of all ranks?"""
         return True
 
-    def _measure(self, arrived: Iterable[int]) -> None:
+    def _measure(self, sub_batch: _SubBatch, arrived: Iterable[int]) -> None:
         """Take the norm of ``.grad`` where the backward pass that is over has added to it."""
+        batch = self._batch
         for i in arrived:
-            self._batch.of_grad[i] = self._norm_of_grad(self.parameters[i])
+            batch.of_grad[i] = self._norm_of_grad(self.parameters[i])
+            if not batch.sizes and i in sub_batch.norms and not sub_batch.in_pieces:  # .grad is what the hook saw
+                batch.must_be_zero.append(_difference(batch.of_grad[i], sub_batch.norms[i]))
 
     def _norm_of_grad(self, parameter: Tensor) -> Tensor:
         assert parameter.grad is not None
@@ -258,29 +265,31 @@ class AccumulationSource:
     # -- sums ---------------------------------------------------------------------------------------
 
     def _by_group(self, norms: dict[int, Tensor]) -> Tensor:
-        """Squared norms summed over the parameters of each group, in float64 where the device has it."""
-        dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        sums = torch.zeros(self._num_groups, dtype=dtype, device=self._device)
-        if norms:
-            values = torch.stack([norm.to(self._device, dtype, non_blocking=True) for norm in norms.values()])
-            groups = torch.tensor([self._group_of[i] for i in norms], device=self._device)
-            sums.index_add_(0, groups, values.square())
-        return sums
+        """Squared norms summed over the parameters of each group."""
+        groups: list[list[Tensor]] = [[] for _ in range(self._num_groups)]
+        for i, norm in norms.items():
+            groups[self._group_of[i]].append(norm)
+        return torch.stack([_sum_of_squares(group, self.parameters[0].device) for group in groups])
 
     def _sums(self, batch: _Batch) -> tuple[Tensor, Tensor, float | Tensor, int | Tensor]:
         """Over the batch, by group: ``sum_k ||h_k||^2 / n_k`` and ``||.grad||^2``; then ``sum_k n_k`` and ``m``."""
         scaled, of_grad = self._by_group({}), self._by_group(batch.of_grad)
         for sub_batch in batch.scaled:
             scaled = scaled + sub_batch
-        if batch.rest:
-            rest = torch.stack([norm.to(self._device) for norm in batch.rest]).square().sum()
-            scaled = torch.where(rest == 0, scaled, torch.nan)
-            if self._device.type == "cpu" and rest != 0:
-                batch.fault = (
-                    ".grad was not empty before its first backward pass (zero_grad() forgotten?) or was changed"
-                )
+        must_be_zero = _sum_of_squares(batch.must_be_zero, scaled.device)
+        scaled = torch.where(must_be_zero == 0, scaled, torch.nan)
+        if scaled.device.type == "cpu" and must_be_zero != 0:  # elsewhere it would wait
+            batch.fault = (
+                ".grad was not empty before its first backward pass (zero_grad() forgotten?), was changed between "
+                "two of them, or is not what the hooks saw (a later hook changes the gradient?)"
+            )
         if not batch.reduced:
             batch.fault = "after its last backward pass .grad was not reduced over the ranks (no_sync?)"
+        if len(batch.sizes) > 1 and not batch.overlap and not batch.stated:
+            batch.fault = (
+                "no two backward passes have a parameter in common. Losses of different parts of a model are one "
+                "sub-batch: `with handle.sub_batch(1): ...`"
+            )
         if batch.fault is not None:
             self._warn(batch.fault)
             scaled = scaled * torch.nan
@@ -303,27 +312,66 @@ class AccumulationSource:
         return [GradientMoments(*pair, num) for pair in pairs]
 
 
-class _GradState(NamedTuple):
+def _difference(norm: Tensor, other: Tensor) -> Tensor:
+    """Zero where two norms agree up to the order of their sums; also where one is not finite, which tells by itself."""
+    return ((norm - other).abs() - 1e-3 * other).clamp_min(0).nan_to_num(0.0)
+
+
+def _sum_of_squares(norms: list[Tensor], device: torch.device) -> Tensor:
+    """In float64 where the device has it; norms from several devices meet on ``device``."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for norm in norms:
+        by_device.setdefault(norm.device, []).append(norm)
+    total = torch.zeros((), dtype=dtype, device=device)
+    for of_device in by_device.values():
+        total = total + torch.stack(of_device).to(device, dtype).square().sum()
+    return total
+
+
+class _GradState:
     """Tells whether a ``.grad`` was replaced or written to, without reading it and without keeping it alive."""
 
-    identity: int
-    version: int
+    def __init__(self, parameter: Tensor) -> None:
+        local = self._local(parameter)
+        self._reference = None if local is None else weakref.ref(local)
+        self._versions = self._versions_of(parameter)
 
-    @classmethod
-    def of(cls, parameter: Tensor) -> _GradState:
-        if parameter.grad is None:
-            return cls(0, 0)
-        local = getattr(parameter.grad, "_local_tensor", parameter.grad)  # what fully_shard writes to
-        return cls(id(local), local._version)
+    def holds(self, parameter: Tensor) -> bool:
+        local = self._local(parameter)
+        same = local is None if self._reference is None else self._reference() is local
+        return same and self._versions == self._versions_of(parameter)
+
+    @property
+    def empty(self) -> bool:
+        return self._reference is None
+
+    @staticmethod
+    def _local(parameter: Tensor) -> Tensor | None:
+        return getattr(parameter.grad, "_local_tensor", parameter.grad)  # fully_shard writes to the shard within
+
+    @staticmethod
+    def _versions_of(parameter: Tensor) -> tuple[int, ...]:
+        local = _GradState._local(parameter)
+        return () if local is None or parameter.grad is None else (local._version, parameter.grad._version)
+
+
+@dataclass
+class _Backward:
+    """A run of the autograd engine."""
+
+    nested: bool  # in the backward of a Function, as reentrant checkpoints do
+    first: int  # the parameter whose gradient came first
+    states: list[_GradState]  # of every .grad when it began
+    arrived: set[int] = field(default_factory=set)
 
 
 @dataclass
 class _SubBatch:
-    """The gradients of one backward pass, as they arrive."""
+    """The gradients of one backward(), as they arrive."""
 
     size: float | None  # as stated
     norms: dict[int, Tensor] = field(default_factory=dict)  # ||h_k|| by parameter
-    nested: bool = False  # some came from within a reentrant checkpoint
     in_pieces: bool = False
 
 
@@ -332,9 +380,11 @@ class _Batch:
     """What is kept of the sub-batches since ``.grad`` was empty."""
 
     sizes: list[float] = field(default_factory=list)  # n_k
+    stated: bool = False  # the sizes
     scaled: list[Tensor] = field(default_factory=list)  # ||h_k||^2 / n_k, by group
     of_grad: dict[int, Tensor] = field(default_factory=dict)  # ||.grad|| by parameter, after the last backward pass
-    rest: list[Tensor] = field(default_factory=list)  # ||.grad|| before the first one
-    stated: bool = False  # the sizes
-    reduced: bool = True  # .grad, over the ranks, after the last backward pass
+    reduced: bool = True  # .grad, over the ranks, after it
+    must_be_zero: list[Tensor] = field(default_factory=list)  # or .grad holds something else
+    seen: set[int] = field(default_factory=set)  # parameters that got a gradient
+    overlap: bool = False  # some of them from two sub-batches
     fault: str | None = None

@@ -7,14 +7,15 @@ off the running program, without a guess; everything that does so is here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.autograd import Variable
-from torch.utils.checkpoint import CheckpointFunction
+from torch.autograd.function import BackwardCFunction
+from torch.optim import Optimizer
 
 
 def current_backward() -> int:
@@ -33,20 +34,31 @@ def at_end_of_backward(function: Callable[[], None]) -> None:
     queue(lambda: queue(function))
 
 
-def in_reentrant_checkpoint() -> bool:
-    """Whether the running backward pass is one that ``checkpoint(use_reentrant=True)`` runs within another."""
-    return _caller(CheckpointFunction.backward.__code__) is not None
+def is_nested_backward() -> bool:
+    """Whether the running backward pass was started by the backward of a ``Function`` within another one.
+
+    That is how reentrant checkpoints recompute, torch's own and those of others.
+    """
+    return next(_callers(BackwardCFunction.apply.__code__), None) is not None
+
+
+def is_nested_step(optimizer: Optimizer) -> bool:
+    """Whether a ``step()`` of this optimizer runs within another one of it, as when it calls ``super().step()``."""
+    code = type(optimizer).step.__code__  # the wrapper that runs the hooks, the same for every class
+    return sum(frame.f_locals["args"][0] is optimizer for frame in _callers(code)) > 1
 
 
 def loss_scale() -> Tensor | None:
-    """The scale of the ``GradScaler`` whose ``step()`` is running, if one is."""
-    frame = _caller(GradScaler.step.__code__)
-    scale: Tensor | None = None if frame is None else frame.f_locals["self"]._scale
+    """The scale of the ``GradScaler`` whose ``step()`` is running, if one is, and is enabled."""
+    frame = next(_callers(GradScaler.step.__code__), None)
+    scale: Tensor | None = None if frame is None else getattr(frame.f_locals["self"], "_scale", None)
     return scale
 
 
-def _caller(code: CodeType) -> FrameType | None:
+def _callers(code: CodeType) -> Iterator[FrameType]:
+    """The frames on the stack that run ``code``."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not code:
+    while frame is not None:
+        if frame.f_code is code:
+            yield frame
         frame = frame.f_back
-    return frame

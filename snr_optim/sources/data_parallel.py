@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from snr_optim.sources.accumulation import AccumulationSource, _Batch, _GradState
+from snr_optim.sources.accumulation import AccumulationSource, _Backward, _Batch, _SubBatch
 from snr_optim.sources.norms import Norm, euclidean
 
 
@@ -28,35 +29,45 @@ class DataParallelSource(AccumulationSource):
         \sum_{rk} c_{rk} \|g_{rk}\|^2 = \frac{1}{W^2} \Big(\sum_{rk} n_{rk}\Big) \sum_{rk} \frac{\|h_{rk}\|^2}{n_{rk}}
 
     Every rank must call :meth:`moments` equally often, with or without data, and all get the same numbers. What is NaN
-    on one is NaN on all.
+    on one is NaN on all; so are moments where ranks with data have unequal numbers of sub-batches whose sizes are not
+    stated, and where ranks that should have the same ``.grad`` do not (no reduction, or a comm hook that does not).
     """
+
+    _replicated: bool  # has every rank the whole .grad, or a shard of it?
 
     def _divisor(self) -> float:
         """What the sum of the ranks' gradients is divided by."""
         return float(dist.get_world_size())
 
-    def _replicas(self, gradient: Any) -> int:
-        """On how many ranks the same entries of a ``.grad`` lie."""
+    def _weight_of_grad(self, measured: bool) -> float:
+        """This rank's share in the sum over ranks that ``||.grad||^2`` is divided by."""
         raise NotImplementedError
 
-    def _measure(self, arrived: Iterable[int]) -> None:
+    def _measure(self, sub_batch: _SubBatch, arrived: Iterable[int]) -> None:
         # All of them: a parameter that was not used here may have been used on another rank.
-        super()._measure(i for i, p in enumerate(self.parameters) if p.grad is not None)
+        for i, p in enumerate(self.parameters):
+            if p.grad is not None:
+                self._batch.of_grad[i] = self._norm_of_grad(p)
 
     def _norm_of_grad(self, parameter: Tensor) -> Tensor:
         gradient: Any = parameter.grad
-        local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-        norm: Tensor = self._norm(parameter, local)
-        return norm / math.sqrt(self._replicas(gradient))
+        return self._norm(parameter, gradient.to_local() if hasattr(gradient, "to_local") else gradient)
 
     def _sums(self, batch: _Batch) -> tuple[Tensor, Tensor, float | Tensor, int | Tensor]:
         scaled, of_grad, total, num = super()._sums(batch)
-        sums = torch.cat([scaled / self._divisor() ** 2, of_grad, scaled.new_tensor([total, num])])
+        own = (total, num, num**2, num > 0, num > 0 and batch.stated, self._weight_of_grad(bool(batch.of_grad)))
+        counts = torch.stack([torch.full((), float(one), dtype=scaled.dtype, device=scaled.device) for one in own])
+        sums = torch.stack([scaled / self._divisor() ** 2, of_grad, of_grad**2])
+        sums = torch.cat([counts, sums.flatten()])
         dist.all_reduce(sums)
-        groups = len(of_grad)
-        total, num = sums[-2], sums[-1]
+        total, num, num_squared, ranks, stated, weight = sums[: len(own)].unbind()
+        scaled, of_grad, of_grad_squared = sums[len(own) :].view(3, -1).unbind()
+        comparable = (stated == ranks) | ((stated == 0) & (ranks * num_squared == num**2))
+        if self._replicated:  # weight * sum x^2 = (sum x)^2 only where all x are the same
+            comparable &= (weight * of_grad_squared <= (1 + 1e-6) * of_grad**2).all()
+        scaled = torch.where(comparable, scaled, torch.nan)
         # On a CPU the number can be read for nothing.
-        return sums[:groups], sums[groups:-2], total, int(num) if num.device.type == "cpu" else num
+        return scaled, of_grad / weight, total, int(num) if num.device.type == "cpu" else num
 
 
 class DistributedDataParallelSource(DataParallelSource):
@@ -71,27 +82,40 @@ class DistributedDataParallelSource(DataParallelSource):
             pipeline or tensor parallelism.
     """
 
+    _replicated = True
+
     def _watch(self) -> None:
-        self._wrappers: list[Any] = [m for m in self.model.modules() if type(m).__name__ == "DistributedDataParallel"]
+        self._wrappers = [m for m in self.model.modules() if isinstance(m, DistributedDataParallel)]
         for wrapper in self._wrappers:
             _refuse_part_of_the_world(dist.get_world_size(wrapper.process_group))
-        reduced = {id(p) for wrapper in self._wrappers for p in wrapper.parameters()}
+        reduced = {
+            id(p)
+            for wrapper in self._wrappers
+            for name, p in wrapper.module.named_parameters()
+            if name not in wrapper.parameters_to_ignore
+        }
         if any(id(p) not in reduced for p in self.parameters):
             raise RuntimeError(
                 "model: some watched parameters are outside DistributedDataParallel: nobody reduces them"
             )
         super()._watch()
 
-    def _reduced(self, before: list[_GradState], after: list[_GradState]) -> bool:
+    def _reduced(self, backward: _Backward) -> bool:
         return all(wrapper.require_backward_grad_sync for wrapper in self._wrappers)
 
-    def _changed(self, before: list[_GradState], after: list[_GradState]) -> bool:
+    def _changed(self) -> bool:
         if any(wrapper.gradient_as_bucket_view for wrapper in self._wrappers):  # DDP itself may have replaced the views
-            return any(was.identity and not now.identity for was, now in zip(before, after, strict=True))
-        return super()._changed(before, after)
+            pairs = zip(self._states, self.parameters, strict=False)
+            return any(p.grad is None and not state.empty for state, p in pairs)
+        return super()._changed()
 
-    def _replicas(self, gradient: Any) -> int:
-        return dist.get_world_size()
+    def _weight_of_grad(self, measured: bool) -> float:
+        return float(measured)  # the same on every rank that saw its backward pass end: their mean
+
+    def _sums(self, batch: _Batch) -> tuple[Tensor, Tensor, float | Tensor, int | Tensor]:
+        if any(wrapper._join_config.enable for wrapper in self._wrappers):
+            raise RuntimeError("model: DistributedDataParallel.join() is not supported: ranks would take unequal steps")
+        return super()._sums(batch)
 
 
 class FullyShardSource(DataParallelSource):
@@ -109,31 +133,25 @@ class FullyShardSource(DataParallelSource):
             (``ignored_params``); or the mesh does not contain all ranks (pipeline parallelism).
     """
 
+    _replicated = False
+
     def _watch(self) -> None:
         for p in self.parameters:
             _refuse_other_shards(p)
         index_of = {id(p): index for index, p in enumerate(self.parameters)}
         self._sharded = [m for m in self.model.modules() if _is_fully_shard(m)]
         self._whole: dict[int, int] = {}  # parameter -> id of the whole one that its hook is on
-        found = set()
-        for sharded in self._sharded:
-            places = [
-                (owner, name, index_of[id(p)])
-                for owner in sharded.modules()
-                for name, p in owner.named_parameters(recurse=False)
-                if id(p) in index_of
-            ]
-            found |= {index for *_, index in places}
-            # Runs after fully_shard's own hook, which puts the whole parameters in place.
-            self._handles.append(sharded.register_forward_pre_hook(partial(self._watch_whole, places)))
-        if len(found) < len(self.parameters):
-            raise RuntimeError("model: some watched parameters are in none of its modules sharded by fully_shard")
+        for owner in self.model.modules():
+            own = {name: index_of[id(p)] for name, p in owner.named_parameters(recurse=False) if id(p) in index_of}
+            if own:
+                # Runs after fully_shard's own hooks, which put the whole parameters in place.
+                self._handles.append(owner.register_forward_pre_hook(partial(self._watch_whole, own)))
 
-    def _watch_whole(self, places: list[tuple[nn.Module, str, int]], module: nn.Module, args: Any) -> None:
-        for owner, name, index in places:
-            whole = owner._parameters[name]
+    def _watch_whole(self, own: dict[str, int], module: nn.Module, args: Any) -> None:
+        for name, index in own.items():
+            whole = module._parameters[name]
             if whole is None or whole is self.parameters[index] or not whole.requires_grad:
-                continue  # still sharded: a module within has its own turn
+                continue
             if hasattr(whole, "placements"):
                 raise RuntimeError(
                     f"model: {name!r} is a DTensor in the forward pass: tensor parallelism is not supported"
@@ -142,18 +160,26 @@ class FullyShardSource(DataParallelSource):
                 self._whole[index] = id(whole)
                 self._watch_parameter(index, whole)
 
-    def _accumulated(self, index: int, before: list[_GradState], after: list[_GradState]) -> bool:
-        return True  # it was, if not yet into the shard
+    def _accumulated(self, backward: _Backward) -> bool:
+        return True  # it did, if not yet into the shard
 
-    def _reduced(self, before: list[_GradState], after: list[_GradState]) -> bool:
-        return before != after
+    def _reduced(self, backward: _Backward) -> bool:
+        return not all(state.holds(p) for state, p in zip(backward.states, self.parameters, strict=True))
 
-    def _replicas(self, gradient: Any) -> int:
-        pairs = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
-        return math.prod(size for size, placement in pairs if not placement.is_shard())
+    def _weight_of_grad(self, measured: bool) -> float:
+        mesh, placements = self.parameters[0].device_mesh, self.parameters[0].placements  # type: ignore[attr-defined]
+        pairs = zip(mesh.shape, placements, strict=True)
+        replicas = float(math.prod(size for size, placement in pairs if not placement.is_shard()))
+        return replicas / float(dist.get_world_size())
+
+    def _sums(self, batch: _Batch) -> tuple[Tensor, Tensor, float | Tensor, int | Tensor]:
+        if not batch.of_grad.keys() <= self._whole.keys():
+            batch.fault = "some parameters got gradients outside the forward pass of the module that owns them"
+        return super()._sums(batch)
 
     def _divisor(self) -> float:
-        divisors = {_divide_factor(module) or super(FullyShardSource, self)._divisor() for module in self._sharded}
+        default = super()._divisor()
+        divisors = {_divide_factor(module) or default for module in self._sharded}
         return divisors.pop() if len(divisors) == 1 else math.nan  # modules that differ: not measured
 
 
@@ -171,7 +197,7 @@ def source_of(
         raise RuntimeError("model: FullyShardedDataParallel (FSDP1) flattens its parameters; use fully_shard (FSDP2)")
     if any(_is_fully_shard(module) for module in modules):
         return FullyShardSource(model, param_groups, norm=norm)
-    if "DistributedDataParallel" in kinds:
+    if any(isinstance(module, DistributedDataParallel) for module in modules):
         return DistributedDataParallelSource(model, param_groups, norm=norm)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise RuntimeError(
@@ -189,8 +215,12 @@ def _divide_factor(module: Any) -> float | None:
     """What ``set_gradient_divide_factor`` of a sharded module was given; torch has no public way to ask."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    factors = [getattr(group, "gradient_divide_factor", None) for group in groups]
-    return next((float(factor) for factor in factors if factor is not None), None)
+    for group in groups:
+        if getattr(group, "gradient_divide_factor", None) is not None:
+            return float(group.gradient_divide_factor)
+        if getattr(group, "reduce_scatter_reduce_op", None) is not None:
+            return math.nan  # set in torch 2.6, which does not keep the factor
+    return None
 
 
 def _refuse_other_shards(parameter: Any) -> None:

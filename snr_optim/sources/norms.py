@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -29,7 +30,8 @@ class AdamNorm:
     (arXiv 2511.23310, theorem 3) is minimised by the same ``S / (S + V)`` with these norms. ``v`` lags one step, so
     it is independent of the noise in ``g``.
 
-    Any optimizer that keeps ``exp_avg_sq`` and ``step`` will do: Adam, AdamW, NAdam, RAdam, and their fused forms.
+    Any optimizer that keeps ``exp_avg_sq`` and ``step`` will do: Adam, AdamW, NAdam, RAdam, SparseAdam, fused or not.
+    One that turns out not to gets Euclidean norms, after one warning.
 
     Args:
         optimizer: its state is read, never changed.
@@ -37,41 +39,56 @@ class AdamNorm:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._settings: dict[int, dict[str, Any]] = {}
+        self._group_of: dict[int, int] = {}
+        self._warned = False
 
     @staticmethod
     def suits(optimizer: Optimizer) -> bool:
         """Whether the optimizer looks like Adam: before its first step, its settings must tell."""
-        adam_like = {"betas", "eps"} <= optimizer.defaults.keys()
-        states = [state for state in optimizer.state.values() if state]
-        return adam_like and all("exp_avg_sq" in state and "step" in state for state in states)
+        return {"betas", "eps"} <= optimizer.defaults.keys()
 
     def __call__(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """``||g||_P``; NaN before the first step, when there is no second moment yet."""
         state = self._optimizer.state.get(parameter)
         if not state:
             return torch.full((), torch.nan, device=gradient.device)
+        if not {"exp_avg_sq", "step"} <= state.keys():
+            return self._fall_back(parameter, gradient)
         settings = self._settings_of(parameter)
         second_moment = state["max_exp_avg_sq"] if settings.get("amsgrad") else state["exp_avg_sq"]
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()
+            second_moment, gradient = second_moment[tuple(gradient.indices())], gradient.values()
         correction = (1 - settings["betas"][1] ** _double(state["step"])) ** 0.5  # in float32 it would lose digits
         total: Tensor | float = 0.0
         for g, v in zip(_chunks(gradient), _chunks(second_moment), strict=True):
-            total = total + _norm(g.to(v.dtype) / (v.sqrt() / correction + settings["eps"]).sqrt()).square()
+            total = total + _norm(g / (v.sqrt() / correction + settings["eps"]).sqrt()).square()
         return torch.as_tensor(total).sqrt()
 
+    def _fall_back(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        if not self._warned:
+            self._warned = True
+            name = type(self._optimizer).__name__
+            warnings.warn(f"AdamNorm: {name} keeps no exp_avg_sq as Adam does; norms are Euclidean.", stacklevel=2)
+        return euclidean(parameter, gradient)
+
     def _settings_of(self, parameter: Tensor) -> dict[str, Any]:
-        if id(parameter) not in self._settings:
-            self._settings = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        return self._settings[id(parameter)]
+        groups = self._optimizer.param_groups  # never kept: load_state_dict() replaces them
+        if id(parameter) not in self._group_of:
+            self._group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+        settings: dict[str, Any] = groups[self._group_of[id(parameter)]]
+        return settings
 
 
 def _double(step: Any) -> Any:
     return step.double() if isinstance(step, Tensor) and step.device.type != "mps" else step
 
 
-def _chunks(values: Tensor) -> tuple[Tensor, ...]:
-    chunks: tuple[Tensor, ...] = torch.split(values.detach().flatten(), CHUNK)
-    return chunks
+def _chunks(values: Tensor) -> Iterator[Tensor]:
+    """Real, flat, and float32 at least."""
+    values = torch.view_as_real(values.detach()) if values.is_complex() else values.detach()
+    for chunk in torch.split(values.flatten(), CHUNK):
+        yield chunk.to(torch.promote_types(chunk.dtype, torch.float32))
 
 
 def _values(gradient: Tensor) -> Tensor:
