@@ -22,6 +22,8 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no
     ],
 )  # fmt: skip
 def test_every_rank_gets_the_moments_of_one_process(case, processes):
+    if case in ("fsdp", "hsdp", "fsdp_divide_factor") and torch.__version__.startswith("2.6"):
+        pytest.skip("fully_shard of torch 2.6 does not run on a CPU")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CASES.parent.parent)}
     done = subprocess.run(

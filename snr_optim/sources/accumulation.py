@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from snr_optim.moments import ROUNDING, GradientMoments
 from snr_optim.sources.backward import at_end_of_backward, current_backward, is_nested_backward
 from snr_optim.sources.norms import Norm, euclidean
+from snr_optim.sources.record import BackwardPass, Batch, GradState, SubBatch, difference, sum_of_squares
 
 
 class AccumulationSource:
@@ -74,12 +73,12 @@ class AccumulationSource:
             raise ValueError("model: expected at least one parameter with requires_grad")
         self._norm = norm
         self.dropped = 0
-        self._batch = _Batch()
-        self._sub_batch: _SubBatch | None = None  # the one whose gradients are arriving
+        self._batch = Batch()
+        self._sub_batch: SubBatch | None = None  # the one whose gradients are arriving
         self._stated_size: float | None = None  # of the sub_batch() that is open
-        self._running: dict[int, _Backward] = {}  # backward passes that have begun and not ended
+        self._running: dict[int, BackwardPass] = {}  # backward passes that have begun and not ended
         self._latest = -1  # the one that began last
-        self._states: list[_GradState] = []  # how the last one left every .grad
+        self._states: list[GradState] = []  # how the last one left every .grad
         self._warned = False
         self._handles: list[RemovableHandle] = []
         self._watch()
@@ -101,7 +100,7 @@ class AccumulationSource:
             self._batch.fault = "a backward pass failed half-way"
             self._running.clear()
         self._close()
-        batch, self._batch, self._states = self._batch, _Batch(), []
+        batch, self._batch, self._states = self._batch, Batch(), []
         return self._to_moments(*self._sums(batch))
 
     @contextmanager
@@ -170,7 +169,7 @@ class AccumulationSource:
         sub_batch.norms[index] = self._norm(self.parameters[index], gradient)
         backward.arrived.add(index)
 
-    def _on_begin(self, number: int, index: int) -> _Backward:
+    def _on_begin(self, number: int, index: int) -> BackwardPass:
         """The first gradient of a backward pass, that of parameter ``index``, has come."""
         nested = is_nested_backward()
         if self._running and not nested:  # its end never came
@@ -181,7 +180,7 @@ class AccumulationSource:
         self._latest = max(self._latest, number)
         if self._sub_batch is None or (another and self._stated_size is None):
             self._open()
-        backward = self._running[number] = _Backward(nested, index, self._grad_states())
+        backward = self._running[number] = BackwardPass(nested, index, self._grad_states())
         at_end_of_backward(partial(self._on_end, number))
         return backward
 
@@ -199,7 +198,7 @@ class AccumulationSource:
         self._measure(sub_batch, backward.arrived)
         self._states = self._grad_states()
 
-    def _open(self) -> _SubBatch:
+    def _open(self) -> SubBatch:
         """A sub-batch begins; and a new batch with it, where ``.grad`` was cleared since the last one."""
         if self._changed():
             self._drop()
@@ -207,15 +206,15 @@ class AccumulationSource:
         batch = self._batch
         if batch.sizes:  # .grad is still what the last pass left, even where no version tells
             left = ((self.parameters[i], norm) for i, norm in batch.of_grad.items())
-            batch.must_be_zero += [_difference(self._norm_of_grad(p), norm) for p, norm in left if p.grad is not None]
+            batch.must_be_zero += [difference(self._norm_of_grad(p), norm) for p, norm in left if p.grad is not None]
         else:
             batch.must_be_zero = [self._norm_of_grad(p) for p in self.parameters if p.grad is not None]
-        self._sub_batch = _SubBatch(self._stated_size)
+        self._sub_batch = SubBatch(self._stated_size)
         return self._sub_batch
 
     def _drop(self) -> None:
         self.dropped += 1
-        self._batch, self._sub_batch, self._states = _Batch(), None, []
+        self._batch, self._sub_batch, self._states = Batch(), None, []
 
     def _close(self) -> None:
         """Fold the sub-batch that is open into the batch."""
@@ -235,10 +234,10 @@ class AccumulationSource:
 
     # -- what lies in .grad -------------------------------------------------------------------------
 
-    def _grad_states(self) -> list[_GradState]:
-        return [_GradState(p) for p in self.parameters]
+    def _grad_states(self) -> list[GradState]:
+        return [GradState(p) for p in self.parameters]
 
-    def _accumulated(self, backward: _Backward) -> bool:
+    def _accumulated(self, backward: BackwardPass) -> bool:
         """Did the backward pass add its first gradient to ``.grad``?"""
         return not backward.states[backward.first].holds(self.parameters[backward.first])
 
@@ -246,17 +245,17 @@ class AccumulationSource:
         """Has anyone cleared or replaced ``.grad`` since the last backward pass?"""
         return not all(state.holds(p) for state, p in zip(self._states, self.parameters, strict=False))
 
-    def _reduced(self, backward: _Backward) -> bool:
+    def _reduced(self, backward: BackwardPass) -> bool:
         """Is ``.grad`` now the gradient of all ranks?"""
         return True
 
-    def _measure(self, sub_batch: _SubBatch, arrived: Iterable[int]) -> None:
+    def _measure(self, sub_batch: SubBatch, arrived: Iterable[int]) -> None:
         """Take the norm of ``.grad`` where the backward pass that is over has added to it."""
         batch = self._batch
         for i in arrived:
             batch.of_grad[i] = self._norm_of_grad(self.parameters[i])
             if not batch.sizes and i in sub_batch.norms and not sub_batch.in_pieces:  # .grad is what the hook saw
-                batch.must_be_zero.append(_difference(batch.of_grad[i], sub_batch.norms[i]))
+                batch.must_be_zero.append(difference(batch.of_grad[i], sub_batch.norms[i]))
 
     def _norm_of_grad(self, parameter: Tensor) -> Tensor:
         assert parameter.grad is not None
@@ -269,14 +268,14 @@ class AccumulationSource:
         groups: list[list[Tensor]] = [[] for _ in range(self._num_groups)]
         for i, norm in norms.items():
             groups[self._group_of[i]].append(norm)
-        return torch.stack([_sum_of_squares(group, self.parameters[0].device) for group in groups])
+        return torch.stack([sum_of_squares(group, self.parameters[0].device) for group in groups])
 
-    def _sums(self, batch: _Batch) -> tuple[Tensor, Tensor, float | Tensor, int | Tensor]:
+    def _sums(self, batch: Batch) -> tuple[Tensor, Tensor, float | Tensor, int | Tensor]:
         """Over the batch, by group: ``sum_k ||h_k||^2 / n_k`` and ``||.grad||^2``; then ``sum_k n_k`` and ``m``."""
         scaled, of_grad = self._by_group({}), self._by_group(batch.of_grad)
         for sub_batch in batch.scaled:
             scaled = scaled + sub_batch
-        must_be_zero = _sum_of_squares(batch.must_be_zero, scaled.device)
+        must_be_zero = sum_of_squares(batch.must_be_zero, scaled.device)
         scaled = torch.where(must_be_zero == 0, scaled, torch.nan)
         if scaled.device.type == "cpu" and must_be_zero != 0:  # elsewhere it would wait
             batch.fault = (
@@ -310,81 +309,3 @@ class AccumulationSource:
         mean_of_sq_norms = torch.where(possible, mean_of_sq_norms, torch.nan)
         pairs = zip(of_grad.unbind(), mean_of_sq_norms.unbind(), strict=True)
         return [GradientMoments(*pair, num) for pair in pairs]
-
-
-def _difference(norm: Tensor, other: Tensor) -> Tensor:
-    """Zero where two norms agree up to the order of their sums; also where one is not finite, which tells by itself."""
-    return ((norm - other).abs() - 1e-3 * other).clamp_min(0).nan_to_num(0.0)
-
-
-def _sum_of_squares(norms: list[Tensor], device: torch.device) -> Tensor:
-    """In float64 where the device has it; norms from several devices meet on ``device``."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for norm in norms:
-        by_device.setdefault(norm.device, []).append(norm)
-    total = torch.zeros((), dtype=dtype, device=device)
-    for of_device in by_device.values():
-        total = total + torch.stack(of_device).to(device, dtype).square().sum()
-    return total
-
-
-class _GradState:
-    """Tells whether a ``.grad`` was replaced or written to, without reading it and without keeping it alive."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        local = self._local(parameter)
-        self._reference = None if local is None else weakref.ref(local)
-        self._versions = self._versions_of(parameter)
-
-    def holds(self, parameter: Tensor) -> bool:
-        local = self._local(parameter)
-        same = local is None if self._reference is None else self._reference() is local
-        return same and self._versions == self._versions_of(parameter)
-
-    @property
-    def empty(self) -> bool:
-        return self._reference is None
-
-    @staticmethod
-    def _local(parameter: Tensor) -> Tensor | None:
-        return getattr(parameter.grad, "_local_tensor", parameter.grad)  # fully_shard writes to the shard within
-
-    @staticmethod
-    def _versions_of(parameter: Tensor) -> tuple[int, ...]:
-        local = _GradState._local(parameter)
-        return () if local is None or parameter.grad is None else (local._version, parameter.grad._version)
-
-
-@dataclass
-class _Backward:
-    """A run of the autograd engine."""
-
-    nested: bool  # in the backward of a Function, as reentrant checkpoints do
-    first: int  # the parameter whose gradient came first
-    states: list[_GradState]  # of every .grad when it began
-    arrived: set[int] = field(default_factory=set)
-
-
-@dataclass
-class _SubBatch:
-    """The gradients of one backward(), as they arrive."""
-
-    size: float | None  # as stated
-    norms: dict[int, Tensor] = field(default_factory=dict)  # ||h_k|| by parameter
-    in_pieces: bool = False
-
-
-@dataclass
-class _Batch:
-    """What is kept of the sub-batches since ``.grad`` was empty."""
-
-    sizes: list[float] = field(default_factory=list)  # n_k
-    stated: bool = False  # the sizes
-    scaled: list[Tensor] = field(default_factory=list)  # ||h_k||^2 / n_k, by group
-    of_grad: dict[int, Tensor] = field(default_factory=dict)  # ||.grad|| by parameter, after the last backward pass
-    reduced: bool = True  # .grad, over the ranks, after it
-    must_be_zero: list[Tensor] = field(default_factory=list)  # or .grad holds something else
-    seen: set[int] = field(default_factory=set)  # parameters that got a gradient
-    overlap: bool = False  # some of them from two sub-batches
-    fault: str | None = None

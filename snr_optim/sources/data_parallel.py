@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from snr_optim.sources.accumulation import AccumulationSource, _Backward, _Batch, _SubBatch
+from snr_optim.sources.accumulation import AccumulationSource
 from snr_optim.sources.norms import Norm, euclidean
+from snr_optim.sources.record import BackwardPass, Batch, SubBatch
 
 
 class DataParallelSource(AccumulationSource):
@@ -43,7 +44,7 @@ class DataParallelSource(AccumulationSource):
         """This rank's share in the sum over ranks that ``||.grad||^2`` is divided by."""
         raise NotImplementedError
 
-    def _measure(self, sub_batch: _SubBatch, arrived: Iterable[int]) -> None:
+    def _measure(self, sub_batch: SubBatch, arrived: Iterable[int]) -> None:
         # All of them: a parameter that was not used here may have been used on another rank.
         for i, p in enumerate(self.parameters):
             if p.grad is not None:
@@ -53,7 +54,7 @@ class DataParallelSource(AccumulationSource):
         gradient: Any = parameter.grad
         return self._norm(parameter, gradient.to_local() if hasattr(gradient, "to_local") else gradient)
 
-    def _sums(self, batch: _Batch) -> tuple[Tensor, Tensor, float | Tensor, int | Tensor]:
+    def _sums(self, batch: Batch) -> tuple[Tensor, Tensor, float | Tensor, int | Tensor]:
         scaled, of_grad, total, num = super()._sums(batch)
         own = (total, num, num**2, num > 0, num > 0 and batch.stated, self._weight_of_grad(bool(batch.of_grad)))
         counts = torch.stack([torch.full((), float(one), dtype=scaled.dtype, device=scaled.device) for one in own])
@@ -100,7 +101,7 @@ class DistributedDataParallelSource(DataParallelSource):
             )
         super()._watch()
 
-    def _reduced(self, backward: _Backward) -> bool:
+    def _reduced(self, backward: BackwardPass) -> bool:
         return all(wrapper.require_backward_grad_sync for wrapper in self._wrappers)
 
     def _changed(self) -> bool:
@@ -112,7 +113,7 @@ class DistributedDataParallelSource(DataParallelSource):
     def _weight_of_grad(self, measured: bool) -> float:
         return float(measured)  # the same on every rank that saw its backward pass end: their mean
 
-    def _sums(self, batch: _Batch) -> tuple[Tensor, Tensor, float | Tensor, int | Tensor]:
+    def _sums(self, batch: Batch) -> tuple[Tensor, Tensor, float | Tensor, int | Tensor]:
         if any(wrapper._join_config.enable for wrapper in self._wrappers):
             raise RuntimeError("model: DistributedDataParallel.join() is not supported: ranks would take unequal steps")
         return super()._sums(batch)
@@ -160,10 +161,10 @@ class FullyShardSource(DataParallelSource):
                 self._whole[index] = id(whole)
                 self._watch_parameter(index, whole)
 
-    def _accumulated(self, backward: _Backward) -> bool:
+    def _accumulated(self, backward: BackwardPass) -> bool:
         return True  # it did, if not yet into the shard
 
-    def _reduced(self, backward: _Backward) -> bool:
+    def _reduced(self, backward: BackwardPass) -> bool:
         return not all(state.holds(p) for state, p in zip(backward.states, self.parameters, strict=True))
 
     def _weight_of_grad(self, measured: bool) -> float:
@@ -172,7 +173,7 @@ class FullyShardSource(DataParallelSource):
         replicas = float(math.prod(size for size, placement in pairs if not placement.is_shard()))
         return replicas / float(dist.get_world_size())
 
-    def _sums(self, batch: _Batch) -> tuple[Tensor, Tensor, float | Tensor, int | Tensor]:
+    def _sums(self, batch: Batch) -> tuple[Tensor, Tensor, float | Tensor, int | Tensor]:
         if not batch.of_grad.keys() <= self._whole.keys():
             batch.fault = "some parameters got gradients outside the forward pass of the module that owns them"
         return super()._sums(batch)
