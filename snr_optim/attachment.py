@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -18,8 +18,7 @@ from snr_optim.moments import GradientMoments
 from snr_optim.sources import Norm, source_of
 from snr_optim.sources.backward import current_backward, is_nested_step, loss_scale
 
-if TYPE_CHECKING:
-    from snr_optim.scheduler import SNRAdaptiveLR
+Observe: TypeAlias = Callable[[list[GradientMoments], int], None]  # moments by group, batches dropped before this one
 
 
 class Attachment:
@@ -40,9 +39,8 @@ class Attachment:
         0.75
     """
 
-    def __init__(self, scheduler: SNRAdaptiveLR, model: nn.Module, norm: Norm) -> None:
-        self._scheduler, self._model, self._norm = scheduler, model, norm
-        self._optimizer = scheduler.optimizer
+    def __init__(self, optimizer: Optimizer, model: nn.Module, norm: Norm, observe: Observe) -> None:
+        self._optimizer, self._model, self._norm, self._observe_batch = optimizer, model, norm, observe
         if not getattr(type(self._optimizer).step, "hooked", False) or isinstance(self._optimizer, torch.optim.LBFGS):
             raise TypeError(
                 f"optimizer: {type(self._optimizer).__name__} runs no step hooks, or takes several gradients per step; "
@@ -133,8 +131,7 @@ class Attachment:
         parts = self._source.group_moments()
         if scale is not None:
             parts = [_unscaled(part, scale) for part in parts]
-        self._scheduler._count_dropped(self._source.dropped)
-        self._source.dropped = 0
+        dropped, self._source.dropped = self._source.dropped, 0
         if self._trainable() != self._watched:  # parameters were added, or unfrozen: watched from the next batch on
             self._watched = self._trainable()
             if self._watched:
@@ -149,7 +146,7 @@ class Attachment:
                 "as it is. Split the batch into micro-batches.",
                 stacklevel=4,
             )
-        self._scheduler.observe(parts)
+        self._observe_batch(parts, dropped)
 
 
 def _unscaled(moments: GradientMoments, scale: torch.Tensor) -> GradientMoments:

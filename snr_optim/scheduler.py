@@ -127,9 +127,13 @@ class SNRAdaptiveLR(LRScheduler):
         """Measure every batch of a training loop, and set the lr of its own ``optimizer.step()``.
 
         Hooks on the parameters of the optimizer catch the raw gradient of every ``backward()``, before clipping and
-        unscaling; each is a sub-batch, on each data-parallel rank. Gradient accumulation, ``GradScaler``, autocast,
-        DDP, ``fully_shard``, LoRA, checkpointing and compiled models need nothing more. With one ``backward()``
-        per step on one rank the noise is unknown, and the factor stays as it is.
+        unscaling; each is a sub-batch, on each data-parallel rank. Gradient accumulation, ``GradScaler`` (through its
+        ``step()``), autocast, DDP, ``fully_shard``, LoRA, checkpointing and compiled models need nothing more. With
+        one ``backward()`` per step on one rank the noise is unknown, and the factor stays as it is.
+
+        A backward pass that reaches none of the optimizer's parameters is not seen: state it as an empty
+        ``sub_batch``. A closure is measured every time that the optimizer calls it. While attached, do not call
+        :meth:`observe` for the same batches too.
 
         Args:
             model: holds the parameters of the optimizer. Wrap, shard and prepare it first.
@@ -146,7 +150,7 @@ class SNRAdaptiveLR(LRScheduler):
         if self._attachment is not None and self._attachment.attached:
             raise RuntimeError("attach: already attached; remove() the first handle before")
         norm = euclidean if self.metric == "euclidean" else self._optimizer_norm(model)
-        self._attachment = Attachment(self, model, norm)
+        self._attachment = Attachment(self.optimizer, model, norm, self._observe_step)
         return self._attachment
 
     def observe(self, moments: GradientMoments | Sequence[GradientMoments]) -> None:
@@ -196,7 +200,7 @@ class SNRAdaptiveLR(LRScheduler):
         (inf where no signal is left); and the counts ``observations``, ``floor_bound`` (observations that found
         a factor below ``min_factor``), ``skipped_single`` (fewer than two sub-batches), ``skipped_flat`` (all gradients
         zero), ``skipped_invalid`` (NaN, inf, impossible or not measurable) and ``skipped_unstepped`` (gradients
-        cleared without an ``optimizer.step()``, as when a ``GradScaler`` skips it). With ``per_group=True`` also
+        cleared without a step of this optimizer, as when a ``GradScaler`` skips it, or for another optimizer's loss). With ``per_group=True`` also
         ``factor_group_0``, ``lr_group_0``, ...
         """
         averages = self._averages
@@ -242,8 +246,9 @@ class SNRAdaptiveLR(LRScheduler):
             raise NotImplementedError("metric='optimizer': not with sharded parameters; use metric='euclidean'")
         return AdamNorm(self.optimizer)
 
-    def _count_dropped(self, number: int) -> None:
-        self._dropped += number
+    def _observe_step(self, moments: list[GradientMoments], dropped: int) -> None:
+        self._dropped += dropped
+        self.observe(moments)
 
     # -- learning rate ------------------------------------------------------------------------------
 

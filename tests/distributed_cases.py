@@ -132,7 +132,7 @@ def ddp_checkpointed():
         train(DistributedDataParallel(model), deferred=True)
 
 
-def ddp_comm_hook():
+def trap_22_ddp_comm_hook():
     """Trap 22: DDP has one slot for a comm hook, and it is still the user's."""
     model = DistributedDataParallel(Model(), find_unused_parameters=True)
     scheduler = SNRAdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.1))

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no
     ("case", "processes"),
     [
         ("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("unequal", 4), ("ddp_checkpointed", 2),
-        ("ddp_comm_hook", 2), ("fsdp_divide_factor", 2), ("refused", 2), ("inconsistent", 2),
+        ("trap_22_ddp_comm_hook", 2), ("fsdp_divide_factor", 2), ("refused", 2), ("inconsistent", 2),
     ],
 )  # fmt: skip
 def test_every_rank_gets_the_moments_of_one_process(case, processes):
