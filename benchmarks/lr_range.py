@@ -1,6 +1,6 @@
 """How wide is the range of learning rates that train? Final reward of the demo task over ceilings, schedules and seeds.
 
-    python -m benchmarks.lr_range                              # 280 runs: about 45 minutes on two cores
+    python -m benchmarks.lr_range                              # 300 runs: about 45 minutes on two cores
     python -m benchmarks.lr_range --optimizers adamw --schedules constant snr --seeds 0 1
     python -m benchmarks.lr_range --resume                     # go on with the runs that --out lacks
 
@@ -35,7 +35,7 @@ from policy import sample, sequence_log_probs, tiny_qwen3, warm_start
 
 PROMPTS, GROUP, MICRO_BATCHES, WARM_UP, LAST = 32, 8, 8, 20, 20
 CEILINGS = {
-    "adamw": [5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3],
+    "adamw": [5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 1e-2],
     "sgd": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0],
 }
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
