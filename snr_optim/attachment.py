@@ -110,13 +110,13 @@ class Attachment:
             )
         if is_nested_step(optimizer):
             return None  # that of a base class: the batch was measured when the outer one began
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        if closure is None:
-            self._observe()
-            return None
-        # The closure holds the backward pass, and every optimizer that calls it once reads its lr after it.
-        rest = {name: value for name, value in kwargs.items() if name != "closure"}
-        return (args[0], self._then_observe(closure), *args[2:]), rest
+        # A closure holds the backward pass, and every optimizer that calls it once reads its lr after it.
+        if kwargs.get("closure") is not None:
+            return args, {**kwargs, "closure": self._then_observe(kwargs["closure"])}
+        if len(args) > 1 and args[1] is not None:  # args[0] is the optimizer
+            return (args[0], self._then_observe(args[1]), *args[2:]), kwargs
+        self._observe()
+        return None
 
     def _then_observe(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def measured() -> Any:
