@@ -314,7 +314,7 @@ def main() -> None:
                 done(f"{scenario}, d_eff {d}")
     result = {
         "benchmark": "estimators",
-        "command": "python -m benchmarks.estimators " + " ".join(sys.argv[1:]),
+        "command": ("python -m benchmarks.estimators " + " ".join(sys.argv[1:])).strip(),
         "environment": where | {"numpy": np.__version__},
         "steps": args.steps, "replicates": args.replicates, "seed": args.seed, "sub_batches": M,
         "seconds": time.perf_counter() - start,
