@@ -27,7 +27,7 @@ from snr_optim.sources import AccumulationSource
 
 SHAPES = {  # hidden, intermediate, layers, heads, vocabulary; sequences x tokens of a micro-batch
     "tiny": ((64, 128, 2, 4, 32), (32, 16)),
-    "100M": ((768, 2304, 12, 12, 32_000), (4, 128)),
+    "100M": ((768, 2304, 12, 12, 32_000), (8, 128)),
 }
 MICRO_BATCHES = 4
 
@@ -51,7 +51,9 @@ class Clock:
         self.seconds = 0.0
 
     def __enter__(self) -> Clock:
-        self._originals = {name: getattr(AccumulationSource, name) for name in ("_on_gradient", "_on_end", "moments")}
+        self._originals = {
+            name: getattr(AccumulationSource, name) for name in ("_on_gradient", "_on_end", "group_moments")
+        }
         for name, original in self._originals.items():
             setattr(AccumulationSource, name, self._timed(original))
         return self
@@ -97,7 +99,7 @@ def measure(name: str, metric: str, steps: int, device: torch.device, report: Ca
     plain, hooked, inside = [], [], []
     for turn in range(steps):
         plain.append(timed())
-        with scheduler.attach(model), Clock() as clock:
+        with Clock() as clock, scheduler.attach(model):
             hooked.append(timed())
         inside.append(clock.seconds)
         report(f"{name} {metric}: step {turn + 1}")
@@ -126,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--metrics", nargs="+", default=["euclidean", "optimizer"], choices=["euclidean", "optimizer"])
-    parser.add_argument("--steps", type=int, help="pairs of steps (default: 200 of the tiny model, 6 of the other)")
+    parser.add_argument("--steps", type=int, help="pairs of steps (default: 200 of the tiny model, 5 of the other)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from snr_optim.moments import ROUNDING, GradientMoments
 from snr_optim.sources.backward import at_end_of_backward, current_backward, is_nested_backward
 from snr_optim.sources.norms import Norm, euclidean
-from snr_optim.sources.record import BackwardPass, Batch, GradState, SubBatch, difference, sum_of_squares
+from snr_optim.sources.record import BackwardPass, Batch, GradState, Origin, SubBatch, difference, sum_of_squares
 
 
 class AccumulationSource:
@@ -71,6 +71,7 @@ class AccumulationSource:
         self._num_groups = len(watched)
         if not self.parameters:
             raise ValueError("model: expected at least one parameter with requires_grad")
+        self._canaries = _smallest(self.parameters)
         self._norm = norm
         self.dropped = 0
         self._batch = Batch()
@@ -167,6 +168,8 @@ class AccumulationSource:
             else:
                 sub_batch.in_pieces = True  # ||a + b||^2 is not ||a||^2 + ||b||^2
         sub_batch.norms[index] = self._norm(self.parameters[index], gradient)
+        if self.parameters[index].grad is None:
+            sub_batch.origins[index] = Origin.of(gradient)  # which is likely to become .grad as it is
         backward.arrived.add(index)
 
     def _on_begin(self, number: int, index: int) -> BackwardPass:
@@ -204,8 +207,8 @@ class AccumulationSource:
             self._drop()
         self._close()
         batch = self._batch
-        if batch.sizes:  # .grad is still what the last pass left, even where no version tells
-            left = ((self.parameters[i], norm) for i, norm in batch.of_grad.items())
+        if batch.sizes:  # .grad is still what the last pass left, even where no version tells: some of it shows
+            left = [(self.parameters[i], batch.of_grad[i]) for i in self._canaries if i in batch.of_grad]
             batch.must_be_zero += [difference(self._norm_of_grad(p), norm) for p, norm in left if p.grad is not None]
         else:
             batch.must_be_zero = [self._norm_of_grad(p) for p in self.parameters if p.grad is not None]
@@ -253,9 +256,13 @@ class AccumulationSource:
         """Take the norm of ``.grad`` where the backward pass that is over has added to it."""
         batch = self._batch
         for i in arrived:
+            gradient, seen, origin = self.parameters[i].grad, sub_batch.norms.get(i), sub_batch.origins.get(i)
+            if seen is not None and gradient is not None and origin is not None and origin == Origin.of(gradient):
+                batch.of_grad[i] = seen  # the very tensor that the hook saw, untouched: no need to read it again
+                continue
             batch.of_grad[i] = self._norm_of_grad(self.parameters[i])
-            if not batch.sizes and i in sub_batch.norms and not sub_batch.in_pieces:  # .grad is what the hook saw
-                batch.must_be_zero.append(difference(batch.of_grad[i], sub_batch.norms[i]))
+            if not batch.sizes and seen is not None and not sub_batch.in_pieces:  # .grad is what the hook saw
+                batch.must_be_zero.append(difference(batch.of_grad[i], seen))
 
     def _norm_of_grad(self, parameter: Tensor) -> Tensor:
         assert parameter.grad is not None
@@ -309,3 +316,14 @@ class AccumulationSource:
         mean_of_sq_norms = torch.where(possible, mean_of_sq_norms, torch.nan)
         pairs = zip(of_grad.unbind(), mean_of_sq_norms.unbind(), strict=True)
         return [GradientMoments(*pair, num) for pair in pairs]
+
+
+def _smallest(parameters: list[Tensor], elements: int = 1 << 20) -> list[int]:
+    """The smallest parameters, of so many elements together; one at least."""
+    chosen: list[int] = []
+    for index in sorted(range(len(parameters)), key=lambda i: parameters[i].numel()):
+        elements -= parameters[index].numel()
+        if chosen and elements < 0:
+            break
+        chosen.append(index)
+    return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,17 @@ class GradState:
         return () if local is None or parameter.grad is None else (local._version, parameter.grad._version)
 
 
+class Origin(NamedTuple):
+    """Where a dense gradient lies, and how often it was written to: equal for the gradient that became ``.grad``."""
+
+    address: int
+    version: int
+
+    @classmethod
+    def of(cls, gradient: Tensor) -> Origin | None:
+        return None if gradient.is_sparse else cls(gradient.data_ptr(), gradient._version)
+
+
 @dataclass
 class BackwardPass:
     """A run of the autograd engine."""
@@ -52,6 +64,7 @@ class SubBatch:
 
     size: float | None  # as stated
     norms: dict[int, Tensor] = field(default_factory=dict)  # ||h_k|| by parameter
+    origins: dict[int, Origin | None] = field(default_factory=dict)  # where .grad was still empty
     in_pieces: bool = False
 
 
