@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from snr_optim.moments import GradientMoments
 from snr_optim.sources import Norm, source_of
 from snr_optim.sources.backward import current_backward, is_nested_step, loss_scale
+from snr_optim.sources.data_parallel import DataParallelSource, runs_several_processes
 
 Observe: TypeAlias = Callable[[list[GradientMoments], int], None]  # moments by group, batches dropped before this one
 
@@ -59,7 +60,9 @@ class Attachment:
     def sub_batch(self, size: float) -> Any:
         """``with handle.sub_batch(size=n): loss.backward()`` states the size of an unequal micro-batch.
 
-        See :meth:`AccumulationSource.sub_batch`.
+        The loss must be scaled like the others: a sum over its prompts over one number for the whole batch. Means of
+        unequal micro-batches, each divided by their number, are right without a size. See
+        :meth:`AccumulationSource.sub_batch`.
         """
         if not self._attached:
             raise RuntimeError("sub_batch: the handle was removed")
@@ -127,6 +130,10 @@ class Attachment:
         return measured
 
     def _observe(self) -> None:
+        if runs_several_processes() and not isinstance(self._source, DataParallelSource):
+            raise RuntimeError(
+                "attach: several processes run now, but the model was attached before: attach it wrapped"
+            )
         scale = loss_scale()
         parts = self._source.group_moments()
         if scale is not None:
@@ -137,13 +144,18 @@ class Attachment:
             if self._watched:
                 self._source.remove()
                 self._watch()
+            warnings.warn(
+                "attach: parameters were added to the optimizer, frozen or unfrozen. This batch counts as invalid; "
+                "from the next on all are watched.",
+                stacklevel=4,
+            )
             parts = [GradientMoments(math.nan, math.nan, parts[0].num)] * len(self._optimizer.param_groups)
         self.moments = GradientMoments.of_parts(parts)
         if isinstance(self.moments.num, int) and self.moments.num == 1 and not self._warned:
             self._warned = True
             warnings.warn(
-                "attach: at most one backward() before optimizer.step(), so the noise is unknown and the factor stays "
-                "as it is. Split the batch into micro-batches.",
+                "attach: at most one backward() since .grad was last cleared or changed, so the noise is unknown and "
+                "the factor stays as it is (1 at first: the full ceiling). Split the batch into micro-batches.",
                 stacklevel=4,
             )
         self._observe_batch(parts, dropped)

@@ -189,7 +189,7 @@ class MomentAverages:
 
     def __init__(self, smoothing: float) -> None:
         if not isinstance(smoothing, (int, float)) or not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing: expected a number in [0, 1), got {smoothing!r}")
+            raise ValueError(f"smoothing: expected a number in [0, 1) (or 'auto' for SNRAdaptiveLR), got {smoothing!r}")
         self.smoothing = float(smoothing)
         zero = torch.zeros((), dtype=torch.float64)
         # Sums over batches of S, Q = ||g_hat||^2, m - 1 and 1, weighted by w_t = (1 - beta) beta^age.

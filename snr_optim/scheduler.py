@@ -147,6 +147,8 @@ class SNRAdaptiveLR(LRScheduler):
             TypeError: the optimizer runs no step hooks (a wrapper of another kind), or is ``LBFGS``.
             NotImplementedError: ``metric="optimizer"`` with a sharded model, whose second moments are in pieces.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if self._attachment is not None and self._attachment.attached:
             raise RuntimeError("attach: already attached; remove() the first handle before")
         norm = euclidean if self.metric == "euclidean" else self._optimizer_norm(model)
@@ -193,7 +195,8 @@ class SNRAdaptiveLR(LRScheduler):
     def metrics(self) -> dict[str, float]:
         """What a tracker should log, as plain floats; NaN where nothing is known yet.
 
-        Keys: ``factor``; ``lr`` and ``ceiling`` (first group, of the next ``optimizer.step()``);
+        Keys: ``factor``; ``lr`` and ``ceiling`` (first group, as they stand: the lr of the last ``optimizer.step()``
+        until ``step()`` moves the ceiling);
         averaged ``signal``, ``noise`` and ``snr = signal / noise`` with its ``snr_standard_error`` (from the spread
         over batches, so NaN below two, and with ``smoothing=0``); ``degrees_of_freedom`` of the noise;
         ``critical_batch_size = noise / signal`` x the number of sub-batches, so in units of one sub-batch

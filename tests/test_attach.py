@@ -444,7 +444,8 @@ def test_parameters_added_and_unfrozen_later_are_watched_from_the_next_batch_on(
     model[2].weight.requires_grad_(True)
     optimizer.add_param_group({"params": [model[2].weight, model[2].bias]})
     backward(model)
-    optimizer.step()
+    with pytest.warns(UserWarning, match="added"):
+        optimizer.step()
     optimizer.zero_grad()
     assert scheduler.metrics()["skipped_invalid"] == 1  # measured in part only
     expected = expected_moments(model)
@@ -507,6 +508,18 @@ def test_parameters_outside_the_model_are_refused():
     with pytest.raises(ValueError, match="2 parameters"):
         scheduler.attach(model)
     scheduler.attach(nn.ModuleList([model, head]))
+
+
+def test_processes_that_start_after_attach_are_noticed(monkeypatch):
+    model = tied_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    attached(model, optimizer)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="attached before"):
+        optimizer.step()
+    with pytest.raises(TypeError, match=r"nn\.Module"):
+        SNRAdaptiveLR(optimizer).attach(optimizer)
 
 
 def test_monitor_mode_attached():

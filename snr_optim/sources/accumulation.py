@@ -132,7 +132,10 @@ class AccumulationSource:
             yield
             self._sub_batch = self._sub_batch or self._open()
             if self._sub_batch.in_pieces:
-                raise RuntimeError("sub_batch: a parameter got a gradient twice; expected one backward() per sub_batch")
+                raise RuntimeError(
+                    "sub_batch: a parameter got a gradient twice; add up the losses of a sub_batch "
+                    "and call backward() once"
+                )
             self._close()
         finally:
             self._stated_size = None

@@ -67,6 +67,11 @@ class DataParallelSource(AccumulationSource):
         if self._replicated:  # weight * sum x^2 = (sum x)^2 only where all x are the same
             comparable &= (weight * of_grad_squared <= (1 + 1e-6) * of_grad**2).all()
         scaled = torch.where(comparable, scaled, torch.nan)
+        if scaled.device.type == "cpu" and not comparable and not batch.fault:  # elsewhere it would wait
+            self._warn(
+                "the ranks disagree. Unequal numbers of backward passes need `with handle.sub_batch(size=...)` on "
+                "every rank; and all must have the same .grad after the last one"
+            )
         # On a CPU the number can be read for nothing.
         return scaled, of_grad / weight, total, int(num) if num.device.type == "cpu" else num
 
@@ -200,12 +205,17 @@ def source_of(
         return FullyShardSource(model, param_groups, norm=norm)
     if any(isinstance(module, DistributedDataParallel) for module in modules):
         return DistributedDataParallelSource(model, param_groups, norm=norm)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if runs_several_processes():
         raise RuntimeError(
             f"model: {dist.get_world_size()} processes run, but it is neither in DistributedDataParallel nor sharded "
             "by fully_shard. Attach the wrapped model, after wrapping it"
         )
     return AccumulationSource(model, param_groups, norm=norm)
+
+
+def runs_several_processes() -> bool:
+    """Does ``torch.distributed`` run more than this process?"""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _is_fully_shard(module: nn.Module) -> bool:
