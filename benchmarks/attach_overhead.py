@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--metrics", nargs="+", default=["euclidean", "optimizer"], choices=["euclidean", "optimizer"])
-    parser.add_argument("--steps", type=int, help="pairs of steps (default: 200 of the tiny model, 5 of the other)")
+    parser.add_argument("--steps", type=int, help="pairs of steps (default: 200 of the tiny model, 6 of the other)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()

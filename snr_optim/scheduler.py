@@ -284,12 +284,11 @@ class SNRAdaptiveLR(LRScheduler):
         if not self.adapt:
             return list(ceilings)
         factors = torch.stack([self._factor(averages) for averages in self._used_averages()])
-        if all(isinstance(lr, Tensor) for lr in ceilings):
-            pairs = zip(ceilings, factors.expand(len(ceilings)), strict=True)
-            return [
-                torch.as_tensor(lr) * factor.to(torch.as_tensor(lr).device) for lr, factor in pairs
-            ]  # waits for nothing
-        return [lr * number for lr, number in zip(ceilings, factors.expand(len(ceilings)).tolist(), strict=True)]
+        factors = factors.expand(len(ceilings))
+        tensors = [lr for lr in ceilings if isinstance(lr, Tensor)]
+        if len(tensors) == len(ceilings):  # waits for nothing
+            return [lr * factor.to(lr.device) for lr, factor in zip(tensors, factors, strict=True)]
+        return [lr * number for lr, number in zip(ceilings, factors.tolist(), strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not attached: its optimizer is a copy without hooks, too."""
