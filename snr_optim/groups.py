@@ -71,6 +71,16 @@ class Groups:
         position = torch.arange(batch, device=device) - starts[index[order]]
         return cls(index, order, position, sizes, largest)
 
+    def first(self, values: Tensor) -> Tensor:
+        """The value of each group's first member: ``[B, ...] -> [P, ...]``.
+
+        Example:
+            >>> Groups.of(torch.tensor([5, 3, 5]), batch=3).first(torch.tensor([1, 2, 3]))
+            tensor([2, 1])
+        """
+        starts = self.sizes.cumsum(0) - self.sizes
+        return values[self.order[starts]]
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum over each group: ``[B, ...] -> [P, ...]``.
 

@@ -1,0 +1,323 @@
+"""Small Qwen3s at several stages of training: exact gradients of what they sample, and the batches that led there.
+
+    python -m benchmarks.policy_stages                   # both tasks, all stages: half an hour on two cores
+    python -m benchmarks.policy_stages --tasks addition --stages 0
+
+A stage is a policy after supervised steps on worked examples, then reinforcement learning that sharpens it, then RL
+steps that are recorded: what a baseline could have learned by then. Two of those visited the prompts of the study. The
+outputs sampled at the end, with replacement from now on, *are* the policy of the study: every expectation under it,
+the oracle's baseline included, is a finite sum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import ROOT, progress
+from snr_optim import GradWeightedBaseline, logit_grad_norms, per_sample_grad_norms_func
+
+sys.path.insert(0, str(ROOT / "examples"))
+from arithmetic import Problem
+from policy import Rollout, completion_logits, sample, sequence_log_probs, tiny_qwen3
+
+# Kinds of problems: an operator with the digits of both operands, or a chain of so many one-digit numbers whose answer
+# is its running sums, so that outputs differ in length.
+KINDS: dict[str, tuple[Any, ...]] = {
+    "addition": (("+", 2, 1),),
+    "mixed": (("+", 1, 1), ("+", 2, 1), ("+", 2, 2), ("*", 1, 1), ("chain", 3), ("chain", 4)),
+}
+SUPERVISED = {
+    "addition": (50, 90, 150, 230, 1500),
+    "mixed": (60, 160, 500, 1000, 4000),
+}  # steps before RL, of each stage
+SUPERVISED_LR = {"addition": 1e-3, "mixed": 1.5e-3}
+SHARPENING, RECORDED = 60, 20  # RL steps
+PROMPTS, GROUP = 128, 16  # of a recorded batch; the study takes parts of it
+VISITS = (0, 10)  # recorded steps whose prompts are those of the study
+OUTPUTS = 128  # per prompt, that make up the policy of the study
+MAX_NEW_TOKENS = 13
+
+
+class Recorded(NamedTuple):
+    """One earlier batch."""
+
+    rewards: Tensor  # [prompts, group]
+    weights: Tensor  # exact squared norms
+    prompts: Tensor  # [prompts] ids
+    kinds: Tensor  # [prompts]
+    hidden: Tensor  # [prompts, d] last hidden state of the prompt
+
+
+class Outputs(NamedTuple):
+    """The distinct outputs of one prompt."""
+
+    probability: Tensor  # [U], sums to 1
+    rewards: Tensor
+    nodes: Tensor  # [U, T] rows of the tokens in ``Stage.gram``; -1 after the end
+    token_weights: Tensor  # [U, T] ||e_y - p||^2
+    head_weights: Tensor  # [U] sum_t ||e_y - p||^2 ||h_t||^2
+
+
+@dataclass
+class Stage:
+    """A policy, and what is known of it."""
+
+    task: str
+    supervised_steps: int
+    outputs: list[Outputs]  # of each prompt
+    prompts: Tensor  # [P] ids
+    kinds: Tensor  # [P]
+    hidden: Tensor  # [P, d]
+    history: list[Recorded]
+    gram: Tensor  # [nodes, nodes] inner products of the gradients of single log-probs
+
+    @property
+    def pass_rate(self) -> float:
+        return float(torch.stack([(o.probability * o.rewards).sum() for o in self.outputs]).mean())
+
+
+# ------------------------------------------------------------------------------------------------------------ the task
+def problems(task: str, num: int, seed: str) -> tuple[list[Problem], Tensor]:
+    """Problems, and the kind of each."""
+    rng = random.Random(f"stages {task} {seed}")
+    kinds = [rng.randrange(len(KINDS[task])) for _ in range(num)]
+    return [_problem(rng, KINDS[task][kind]) for kind in kinds], torch.tensor(kinds)
+
+
+def _problem(rng: random.Random, kind: tuple[Any, ...]) -> Problem:
+    if kind[0] == "chain":
+        terms = [rng.randrange(10) for _ in range(kind[1])]
+        sums = [sum(terms[:n]) for n in range(2, len(terms) + 1)]
+        return Problem("+".join(map(str, terms)) + "=", "+".join(map(str, sums)))
+    operator, left_digits, right_digits = kind
+    left, right = rng.randrange(10**left_digits), rng.randrange(10**right_digits)
+    return Problem(f"{left}{operator}{right}=", str(left + right if operator == "+" else left * right))
+
+
+def worked_example(rng: random.Random, problem: Problem) -> str:
+    """One in ten with slips."""
+    if rng.random() > 0.1:
+        return problem.prompt + problem.answer
+    return problem.prompt + "+".join(
+        str(int(n) + rng.choice((0, 0, rng.randint(1, 9)))) for n in problem.answer.split("+")
+    )
+
+
+def supervised_step(model: Any, tokenizer: Any, optimizer: Any, task: str, step: int) -> None:
+    rng = random.Random(f"worked examples {task} {step}")
+    batch, _ = problems(task, 128, f"supervised {step}")
+    texts = [worked_example(rng, problem) + tokenizer.eos_token for problem in batch]
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    answer = (encoded["input_ids"] == tokenizer.convert_tokens_to_ids("=")).cumsum(1).cummax(1).values > 0
+    starts = encoded["input_ids"] == tokenizer.convert_tokens_to_ids("=")
+    labels = encoded["input_ids"].masked_fill(~answer | starts | (encoded["attention_mask"] == 0), -100)
+    model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], labels=labels).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------------- the policy
+def roll_out(model: Any, tokenizer: Any, batch: list[Problem], group: int) -> tuple[Rollout, Tensor]:
+    rollout, texts = sample(model, tokenizer, batch, group, MAX_NEW_TOKENS)
+    return rollout, torch.tensor([float(text == batch[i // group].answer) for i, text in enumerate(texts)])
+
+
+def exact_norms(model: Any, rollout: Rollout) -> Tensor:
+    return per_sample_grad_norms_func(model, lambda m, one: sequence_log_probs(m, one).sum(), rollout, chunk_size=64)
+
+
+@torch.no_grad()
+def last_hidden(model: Any, tokenizer: Any, batch: list[Problem]) -> Tensor:
+    encoded = tokenizer([problem.prompt for problem in batch], padding=True, return_tensors="pt")
+    positions = (encoded["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return model.model(
+        input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], position_ids=positions
+    ).last_hidden_state[:, -1]
+
+
+def reinforce(model: Any, optimizer: Any, rollout: Rollout, rewards: Tensor, group: int) -> None:
+    """One step with the pooled baseline."""
+    with torch.no_grad():
+        logits, tokens = completion_logits(model, rollout)
+    weights = logit_grad_norms(logits, tokens, rollout["completion_mask"]).sum(1)
+    advantages = GradWeightedBaseline("batch").advantages(rewards, weights, groups=group)
+    (-(advantages * sequence_log_probs(model, rollout)).sum() / len(rewards)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def build(job: tuple[str, int, Path]) -> Path:
+    """Train up to one stage, record, sample and differentiate; written to the folder."""
+    task, index, folder = job
+    steps = SUPERVISED[task][index]
+    path = folder / f"{task}-{steps}.pt"
+    if path.exists():
+        return path
+    model, tokenizer = tiny_qwen3(0)
+    optimizer = torch.optim.AdamW(model.parameters(), SUPERVISED_LR[task])
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = SUPERVISED_LR[task] * min(1.0, (1 + step) / 50)
+        supervised_step(model, tokenizer, optimizer, task, step)
+
+    torch.manual_seed(index)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.0)
+    for step in range(SHARPENING):
+        batch, _ = problems(task, 64, f"sharpening {step}")
+        reinforce(model, optimizer, *roll_out(model, tokenizer, batch, 8), group=8)
+
+    ids: dict[str, int] = {}
+    study, study_kinds = problems(task, PROMPTS, "study")
+    history = []
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-4, weight_decay=0.0)
+    for step in range(RECORDED):
+        batch, kinds = (study, study_kinds) if step in VISITS else problems(task, PROMPTS, f"recorded {step}")
+        rollout, rewards = roll_out(model, tokenizer, batch, GROUP)
+        history.append(
+            Recorded(
+                rewards.view(PROMPTS, GROUP).double(),
+                exact_norms(model, rollout).view(PROMPTS, GROUP).double(),
+                torch.tensor([ids.setdefault(problem.prompt, len(ids)) for problem in batch]),
+                kinds,
+                last_hidden(model, tokenizer, batch),
+            )
+        )
+        reinforce(model, optimizer, rollout, rewards, GROUP)
+
+    outputs, gram = differentiate(model, tokenizer, study)
+    stage = Stage(
+        task, steps, outputs, torch.tensor([ids[problem.prompt] for problem in study]), study_kinds,
+        last_hidden(model, tokenizer, study), history, gram,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(stage, path)
+    return path
+
+
+def differentiate(model: Any, tokenizer: Any, study: list[Problem]) -> tuple[list[Outputs], Tensor]:
+    """Sample outputs of each prompt; gradients of the log-probs of their tokens, equal beginnings once."""
+    rollout, rewards = roll_out(model, tokenizer, study, OUTPUTS)
+    mask = rollout["completion_mask"]
+    tokens = rollout["input_ids"][:, -mask.shape[1] :].masked_fill(~mask, -1)
+    outputs, gradients, num_nodes = [], [], 0
+    for q in range(len(study)):
+        rows = slice(q * OUTPUTS, (q + 1) * OUTPUTS)
+        distinct, index, counts = torch.unique(tokens[rows], dim=0, return_inverse=True, return_counts=True)
+        first = torch.stack([(index == u).nonzero()[0, 0] for u in range(len(distinct))]) + rows.start
+        selected = {name: tensor[first] for name, tensor in rollout.items()}
+        nodes, row_of, token_of = prefix_tree(distinct)
+        one = {name: tensor[row_of] for name, tensor in selected.items()}
+        chosen = torch.nn.functional.one_hot(token_of, mask.shape[1]).bool()
+        gradients.append(token_gradients(model, one | {"completion_mask": chosen}))
+        token_weights, head_weights = proxies(model, selected)
+        outputs.append(
+            Outputs(
+                counts.double() / OUTPUTS, rewards[first].double(), torch.where(nodes < 0, -1, nodes + num_nodes),
+                token_weights, head_weights,
+            )
+        )  # fmt: skip
+        num_nodes += len(row_of)
+    return outputs, inner_products(torch.cat(gradients))
+
+
+def prefix_tree(distinct: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number the distinct beginnings: node of each token ``[U, T]``, and a row and a place where each is found."""
+    numbers: dict[tuple[int, ...], int] = {}
+    nodes = torch.full_like(distinct, -1)
+    rows, places = [], []
+    for u, row in enumerate(distinct.tolist()):
+        for t, token in enumerate(row):
+            if token < 0:
+                break
+            prefix = tuple(row[: t + 1])
+            if prefix not in numbers:
+                numbers[prefix] = len(numbers)
+                rows.append(u)
+                places.append(t)
+            nodes[u, t] = numbers[prefix]
+    return nodes, torch.tensor(rows), torch.tensor(places)
+
+
+def token_gradients(model: Any, rollout: Rollout) -> Tensor:
+    """Gradient of the masked sum of log-probs of every row, ``[rows, parameters]``."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def log_prob(parameters: dict[str, Tensor], one: Rollout) -> Tensor:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(model, parameters, args, kwargs)
+
+        return sequence_log_probs(call, {name: tensor[None] for name, tensor in one.items()}).sum()
+
+    gradients = torch.func.vmap(torch.func.grad(log_prob), (None, 0), chunk_size=64)(parameters, rollout)
+    return torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)
+
+
+@torch.no_grad()
+def proxies(model: Any, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    mask = rollout["completion_mask"]
+    logits, tokens = completion_logits(model, rollout)
+    weights = logit_grad_norms(logits, tokens, mask).double()
+    positions = (rollout["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    hidden = model.model(
+        input_ids=rollout["input_ids"], attention_mask=rollout["attention_mask"], position_ids=positions
+    ).last_hidden_state[:, -mask.shape[1] - 1 : -1]
+    return weights, (weights * hidden.double().square().sum(-1)).sum(1)
+
+
+def inner_products(gradients: Tensor, block: int = 1024) -> Tensor:
+    """``G G^T``, the half of it computed that decides the rest."""
+    gram = gradients.new_empty(len(gradients), len(gradients))
+    for start in range(0, len(gradients), block):
+        rows = slice(start, start + block)
+        gram[rows, : start + block] = gradients[rows] @ gradients[: start + block].T
+        gram[:start, rows] = gram[rows, :start].T
+    return gram
+
+
+def build_all(folder: Path, tasks: list[str], stages: list[int] | None = None, jobs: int = 2) -> list[Path]:
+    """Files of the stages, built where they are not there yet."""
+    wanted = [
+        (task, i, folder) for task in tasks for i in range(len(SUPERVISED[task])) if stages is None or i in stages
+    ]
+    context = multiprocessing.get_context("spawn")
+    paths = []
+    with progress(len(wanted)) as report, context.Pool(jobs, torch.set_num_threads, (1,)) as pool:
+        for path in pool.imap(build, wanted):
+            paths.append(path)
+            report(f"stage {path.stem}")
+    return paths
+
+
+def load(path: Path) -> Stage:
+    stage = torch.load(path, weights_only=False)  # written by `build`, here
+    assert isinstance(stage, Stage)
+    return stage
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--stages", type=int, nargs="+", help="numbers, from 0")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/policy_stages"))
+    args = parser.parse_args()
+    for number, stage in enumerate(load(args.out, args.tasks, args.stages, args.jobs)):
+        print(
+            f"{number} {stage.task} pass rate {stage.pass_rate:.3f}, {len(stage.gram)} distinct beginnings of outputs"
+        )
+
+
+if __name__ == "__main__":
+    from benchmarks import policy_stages  # by its own name, so that what is saved can be loaded from elsewhere
+
+    policy_stages.main()

@@ -1,0 +1,106 @@
+"""A batch as the user hands it over, checked: everything that can be wrong is said here, and by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snr_optim.groups import Groups
+
+# So that sums of w r stay finite: (rewards, weights), by the precision that is worked in.
+LARGEST = {torch.float64: (1e50, 1e250), torch.float32: (1e10, 1e25)}
+
+
+@dataclass
+class Batch:
+    """``B`` outputs, float64 (float32 on mps), zeros where ``scored`` is False.
+
+    Attributes:
+        rewards: ``[B]`` or ``[B, T]``.
+        weights: likewise, importance ratios included.
+        scored: likewise, bool.
+        groups: the partition into prompts.
+        prompts: ``[P]`` ids that last over batches, or None.
+        groups_given: ``[B]`` the ids that ``groups`` was made of, None where it was a size.
+    """
+
+    rewards: Tensor
+    weights: Tensor
+    scored: Tensor
+    groups: Groups
+    prompts: Tensor | None
+    groups_given: Tensor | None = None
+
+
+def check(rewards: Any, weights: Any, groups: Any, ratios: Any = None, prompts: Any = None) -> Batch:
+    """The batch, or the error that names the argument."""
+    if not isinstance(rewards, Tensor) or rewards.dim() == 0 or rewards.is_complex():
+        raise TypeError(f"rewards: expected a real tensor [B] or [B, T], got {_described(rewards)}")
+    exact = torch.float32 if rewards.device.type == "mps" else torch.float64
+    r = rewards.detach().to(exact)
+    scored = ~r.isnan()
+    w = torch.ones_like(r) if weights is None else _like("weights", weights, rewards).to(r)
+    if ratios is not None:
+        w = w * _like("ratios", ratios, rewards).to(r).square()
+    if groups is None and prompts is not None:
+        groups = prompts
+    if groups is None:
+        raise ValueError("groups: expected the size of every prompt's group, or integer ids [B]")
+    partition = Groups.of(groups, len(r), r.device)
+    _expect_bounded(r, w, scored, "weights" if ratios is None else "weights * ratios**2")
+    r, w = torch.where(scored, r, 0), torch.where(scored, w, 0)
+    if r.dim() > 1 and prompts is not None:
+        raise ValueError("prompts: expected rewards [B]; prompts are not remembered per token, [B, T]")
+    ids = None if prompts is None else _of_groups("prompts", _prompt_ids(prompts, len(r)).to(r.device), partition)
+    given = groups.to(r.device, torch.int64) if isinstance(groups, Tensor) else None
+    return Batch(r, w, scored, partition, ids, given)
+
+
+def _like(name: str, value: Any, rewards: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.is_complex():
+        raise TypeError(f"{name}: expected a real tensor like rewards, got {_described(value)}")
+    if value.shape != rewards.shape:
+        raise ValueError(f"{name}: expected the shape of rewards, {list(rewards.shape)}, got {list(value.shape)}")
+    return value.detach()
+
+
+def _expect_bounded(r: Tensor, w: Tensor, scored: Tensor, weights: str) -> None:
+    """One look at the data, so that an accelerator is waited for once."""
+    largest_reward, largest_weight = LARGEST[r.dtype]
+    bad_r = scored & ~(r.abs() <= largest_reward)
+    bad_w = scored & ~((w >= 0) & (w <= largest_weight))
+    if not torch.stack([bad_r.any(), bad_w.any()]).any():
+        return
+    if bad_r.any():
+        raise ValueError(
+            f"rewards: expected finite values (up to {largest_reward:g}), or NaN for 'not scored'; "
+            f"got {r[bad_r][0].item()} at {bad_r.nonzero()[0].tolist()}"
+        )
+    raise ValueError(
+        f"{weights}: expected non-negative finite numbers (up to {largest_weight:g}), got {w[bad_w][0].item()} "
+        f"at {bad_w.nonzero()[0].tolist()}"
+    )
+
+
+def _prompt_ids(prompts: Any, batch: int) -> Tensor:
+    if not isinstance(prompts, Tensor) or prompts.is_floating_point() or prompts.is_complex():
+        raise TypeError(f"prompts: expected integer ids [B], got {_described(prompts)}")
+    if prompts.shape != (batch,):
+        raise ValueError(f"prompts: expected one id per output, shape [{batch}], got {list(prompts.shape)}")
+    return prompts.detach().to(torch.int64)
+
+
+def _of_groups(name: str, ids: Tensor, groups: Groups) -> Tensor:
+    of_group = groups.first(ids)
+    if (of_group[groups.index] != ids).any():
+        raise ValueError(f"{name}: expected one id for all outputs of a group, got several")
+    return of_group
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {list(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,326 @@
+"""The baseline as users hold it: what it may look at, how far it shrinks, and what it keeps from batch to batch."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from snr_optim.baseline.estimate import mean_of, per_output, shrunk_mean, weighted_sums
+from snr_optim.baseline.inputs import Batch, check
+from snr_optim.baseline.past import Evidence, Pool, PromptMemory, load_state, move, state_of
+from snr_optim.baseline.ranks import gather
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SCOPES = ("group", "batch", "shrink")
+KAPPAS = (0.0, 1.0, 4.0, 16.0, 64.0, 256.0, math.inf)  # outputs
+DEFAULT_KAPPA = 64.0  # unless there is evidence for another
+RECALL = (0.0, 0.3, 1.0)  # share of a prompt's remembered outputs that counts
+MOST_EVIDENCE = 1 << 16  # outputs of a batch that candidates are compared on
+
+
+class GradWeightedBaseline(nn.Module):
+    r"""The gradient-weighted baseline of OBLR-PO, estimated without the output that it is subtracted from.
+
+    .. math::
+        b^*(q) = \frac{E[w\,r \mid q]}{E[w \mid q]}, \qquad
+        b_i = \frac{\sum_{j \in q,\, j \neq i} w_j r_j + \kappa\, \overline{w r}_{-q}}
+                   {\sum_{j \in q,\, j \neq i} w_j + \kappa\, \overline{w}_{-q}}, \qquad
+        w = \|\nabla_\theta \log \pi_\theta(o \mid q)\|^2
+
+    ``b*`` minimises the trace of the covariance of the gradient among constants (arXiv 2511.23310,
+    theorem 7). Its estimate ``b_i`` uses the other outputs ``j`` of the prompt, and as ``kappa``
+    pseudo-outputs the means over a pool ``-q``: the *other prompts* of the batch, and the batches
+    that :meth:`update` was given before.
+
+    - ``scope="group"``, ``kappa = 0``: the paper's leave-one-out estimate. Rare outputs with large weights are not
+      among the few others, so it misses most of what ``b*`` is worth.
+    - ``scope="batch"``, ``kappa = inf``: the pool alone.
+    - ``scope="shrink"``: the group's estimate drawn toward the pool. With ``kappa="auto"`` it is 64, unless
+      another one had surely less ``sum w (r - b)^2`` over *earlier* batches, the part of the variance that depends on
+      ``b``: what :meth:`update` is for.
+
+    In every scope ``b_i`` depends on other outputs and on the past, never on output ``i``, so
+    ``(r_i - b_i) grad log pi(o_i)`` keeps its mean. The weights choose the rest of the family:
+
+    ========================================= ==================================================================
+    ``weights``, in scope ``"group"``         is
+    ========================================= ==================================================================
+    per-sample gradient norms                 OBLR-PO (:func:`~snr_optim.per_sample_grad_norms_func`)
+    ``logit_grad_norms(...).sum(1)``          the sequence form of Optimal Token Baseline (arXiv 2602.07078)
+    lengths                                   OPO (arXiv 2505.23585), leave-one-out
+    none                                      RLOO (arXiv 2402.14740)
+    rewards-to-go ``[B, T]``, weights summed  Optimal Token Baseline; with ``leave_one_out=False`` as published
+    over the tokens up to each
+    ========================================= ==================================================================
+
+    Args:
+        scope: ``"shrink"``, ``"batch"`` or ``"group"``.
+        leave_one_out: ``False`` puts each output (and its prompt into the pool) into its own baseline. That
+            is **biased**; it is here to compare with methods that do it.
+        kappa: strength of the shrinkage in pseudo-outputs, or ``"auto"``; used by ``"shrink"`` alone.
+        decay: weight of each earlier batch relative to the one after it, in the pool; ``0`` pools the current batch
+            alone.
+        process_group: of data-parallel ranks, each of which passes its own part of the batch; groups may be split
+            over ranks if ``groups`` are ids. Left out, the outputs that are passed are all there are.
+
+    Raises:
+        ValueError: an unknown ``scope``; ``kappa`` neither ``"auto"`` nor positive and finite; ``decay`` outside
+            [0, 1).
+
+    Example:
+        >>> baseline = GradWeightedBaseline(scope="group")
+        >>> rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
+        >>> baseline(rewards, weights=torch.tensor([1.0, 1.0, 3.0, 1.0]), groups=4)
+        tensor([0.2000, 0.4000, 0.6667, 0.2000])
+        >>> baseline.advantages(rewards, groups=4)              # equal weights: RLOO
+        tensor([ 0.6667, -0.6667, -0.6667,  0.6667])
+    """
+
+    def __init__(
+        self,
+        scope: str = "shrink",
+        leave_one_out: bool = True,
+        *,
+        kappa: float | str = "auto",
+        decay: float = 0.95,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        if scope not in SCOPES:
+            raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+        if kappa != "auto" and not (isinstance(kappa, (int, float)) and 0 < kappa < math.inf):
+            raise ValueError(
+                f"kappa: expected 'auto' or a positive finite number, got {kappa!r}; scope='group' is kappa = 0, "
+                "scope='batch' is kappa = inf"
+            )
+        if not isinstance(decay, (int, float)) or not 0 <= decay < 1:
+            raise ValueError(f"decay: expected a number in [0, 1), got {decay!r}")
+        self.scope = scope
+        self.leave_one_out = leave_one_out
+        self.decay = float(decay)
+        self.process_group = process_group
+        self._kappas = {"group": (0.0,), "batch": (math.inf,), "shrink": KAPPAS}[scope]
+        if scope == "shrink" and kappa != "auto":
+            self._kappas = (float(kappa),)
+        default = self._kappas.index(DEFAULT_KAPPA) if DEFAULT_KAPPA in self._kappas else 0
+        self._pool = Pool(self.decay)
+        self._evidence = Evidence((len(self._kappas), len(RECALL)), (default, 0))
+        self._memory = PromptMemory()
+        self._dtype = torch.float32
+
+    # ------------------------------------------------------------------------------------------------ for a batch
+    def forward(
+        self,
+        rewards: Tensor,
+        weights: Tensor | None = None,
+        groups: int | Tensor | None = None,
+        *,
+        ratios: Tensor | None = None,
+        prompts: Tensor | None = None,
+    ) -> Tensor:
+        """The baseline of each output, from this batch and those that :meth:`update` was given before it.
+
+        Args:
+            rewards: ``[B]``, one per output; NaN for one that was not scored, which then counts nowhere.
+                Or ``[B, T]``: rewards-to-go, each column a problem of its own.
+            weights: squared score norms, of the shape of ``rewards``, non-negative; equal when left out.
+                Only their ratios matter, over all batches.
+            groups: size of every prompt's group (neighbours belong together), or integer ids ``[B]``; ``prompts``
+                when left out.
+            ratios: importance ratios ``pi / pi_old``, of the shape of ``rewards``: weights become ``ratios**2 * w``.
+                The gradient is then that of ``ratio_i (r_i - b_i) grad log pi(o_i)``.
+            prompts: ``[B]`` integer ids that a prompt keeps over epochs. Its earlier outputs count beside the other
+                outputs of the group, where that has done better so far.
+
+        Returns:
+            Like ``rewards``, float32 at least, without gradient. Weights that are all zero wherever an
+            output's baseline looks count as equal. Where a prompt has no other scored output the pool
+            decides (not in scope ``"group"``); in scope ``"batch"`` with an empty pool, the prompt's own
+            other outputs; with nothing to go by the baseline is 0.
+
+        Raises:
+            TypeError: complex tensors; ``groups`` or ``prompts`` that are no integers.
+            ValueError: shapes that disagree; infinite rewards; weights negative, NaN or infinite; several ``prompts``
+                in one group; ``prompts`` without ``scope="shrink"`` or with ``[B, T]``.
+        """
+        batch, rows = self._checked(rewards, weights, groups, ratios, prompts)
+        return self._chosen(self._look(batch))[rows].to(self._dtype)
+
+    def advantages(
+        self,
+        rewards: Tensor,
+        weights: Tensor | None = None,
+        groups: int | Tensor | None = None,
+        *,
+        ratios: Tensor | None = None,
+        prompts: Tensor | None = None,
+        update: bool = False,
+    ) -> Tensor:
+        """``rewards - baseline``; 0 where the reward is NaN. Arguments, errors and dtype as in :meth:`forward`.
+
+        With ``update=True`` it then learns from the batch, as :meth:`update` does. Once per batch: a baseline that has
+        learned from an output is no longer independent of it.
+        """
+        batch, rows = self._checked(rewards, weights, groups, ratios, prompts)
+        view = self._look(batch)
+        advantages = torch.where(batch.scored, batch.rewards - self._chosen(view), 0)[rows]
+        if update:
+            self._learn(batch, view)
+        return advantages.to(self._dtype)
+
+    def update(
+        self,
+        rewards: Tensor,
+        weights: Tensor | None = None,
+        groups: int | Tensor | None = None,
+        *,
+        ratios: Tensor | None = None,
+        prompts: Tensor | None = None,
+    ) -> None:
+        """Let later batches know this one: their pool, the evidence for ``kappa``, prompts, the regression on features.
+
+        In scope ``"group"`` there is nothing to learn. Arguments and errors as in :meth:`forward`.
+        """
+        batch, _ = self._checked(rewards, weights, groups, ratios, prompts)
+        self._learn(batch, self._look(batch))
+
+    # ------------------------------------------------------------------------------------------- before the outputs
+    def predict(self, prompts: Tensor | None = None) -> Tensor:
+        """The baseline from earlier batches alone: known before a prompt's outputs are sampled or weighed.
+
+        With it a single backward pass can give the gradient and the exact norms, which then go to :meth:`update`. In
+        scope ``"group"`` nothing is kept, and the prediction is 0.
+
+        Args:
+            prompts: ``[P]`` integer ids, of those to predict for.
+
+        Returns:
+            ``[P]`` for ``prompts``; else a scalar, or ``[T]`` after rewards-to-go. 0 before the first update. Float32,
+            or float64 after float64 rewards.
+
+        Example:
+            >>> baseline = GradWeightedBaseline()
+            >>> baseline.update(torch.tensor([1.0, 0.0]), weights=torch.tensor([1.0, 3.0]), groups=2)
+            >>> baseline.predict()
+            tensor(0.2500)
+        """
+        self._expect_supported(prompts)
+        if prompts is None:
+            return mean_of(self._pool.sums).to(self._dtype)
+        unscored = torch.full((len(prompts),), math.nan, dtype=self._pool.sums.dtype, device=self._pool.sums.device)
+        batch = check(unscored, None, 1, prompts=prompts)
+        return self._chosen(self._look(batch)).to(self._dtype)
+
+    def metrics(self) -> dict[str, float]:
+        """What has been chosen and how well it does: numbers to log (waits for the device).
+
+        ``kappa``; ``recall``, the share of remembered outputs that counts; ``second_moment``: ``sum w (r - b)^2`` of
+        that choice relative to ``kappa = 0``'s, NaN where there is no such evidence; ``prompts_remembered``.
+        """
+        k, m = (int(index) for index in self._evidence.best())
+        losses = self._evidence.losses
+        group = float(losses[0, 0]) if self._kappas[0] == 0 else math.nan
+        return {
+            "kappa": self._kappas[k],
+            "recall": RECALL[m],
+            "second_moment": float(losses[k, m]) / group if group else math.nan,
+            "prompts_remembered": float(len(self._memory.ids)),
+        }
+
+    # ---------------------------------------------------------------------------------------------------- the work
+    def _checked(self, rewards: Any, weights: Any, groups: Any, ratios: Any, prompts: Any) -> tuple[Batch, slice]:
+        """The whole batch of all ranks, and which rows of it are this rank's."""
+
+        def local() -> Batch:
+            self._expect_supported(prompts)
+            return check(rewards, weights, groups, ratios, prompts)
+
+        if self.process_group is None:
+            batch, rows = local(), slice(None)
+        else:
+            batch, rows = gather(local, self.process_group)
+        move(self._parts(), batch.rewards)
+        self._dtype = torch.promote_types(rewards.dtype, torch.float32)
+        return batch, rows
+
+    def _expect_supported(self, prompts: Any) -> None:
+        if prompts is not None and self.scope != "shrink":
+            raise ValueError(f"prompts: remembered in scope 'shrink' alone, got scope {self.scope!r}")
+
+    def _look(self, batch: Batch) -> _View:
+        """Everything that the baselines of this batch may look at."""
+        groups, sums = batch.groups, weighted_sums(batch.rewards, batch.weights, batch.scored)
+        past = self._pool.like(sums)
+        if self.leave_one_out:
+            own, pool = groups.sum_of_others(sums), groups.sum_of_other_groups(sums) + past
+        else:
+            own, pool = groups.sum(sums)[groups.index], (sums.sum(0) + past).expand_as(sums)
+        prior, recalled = per_output(pool), None
+        if batch.prompts is not None:
+            recalled = self._memory.recall(batch.prompts)[groups.index]
+            recalled = torch.cat([recalled[:, :2] * prior[:, 1:2], recalled[:, 2:]], dim=1)
+        return _View(sums, own, prior, recalled)
+
+    def _chosen(self, view: _View) -> Tensor:
+        """The baseline of the best candidate."""
+        k, m = self._evidence.best()
+        own = view.own if view.recalled is None else view.own + view.own.new_tensor(RECALL)[m] * view.recalled
+        return shrunk_mean(own, view.prior, self._shrinkages(own)[k])
+
+    def _learn(self, batch: Batch, view: _View) -> None:
+        if self.scope == "group":
+            return
+        if len(self._kappas) > 1 or batch.prompts is not None:
+            self._evidence.update(self._losses(batch, view))
+        self._pool.update(view.sums)
+        if batch.prompts is not None:
+            of_prompts, mean_weight = batch.groups.sum(view.sums), per_output(self._pool.sums)[1]
+            relative = torch.where(mean_weight > 0, of_prompts[:, :2] / mean_weight, 0)
+            self._memory.update(batch.prompts, torch.cat([relative, of_prompts[:, 2:]], dim=1))
+
+    def _losses(self, batch: Batch, view: _View) -> Tensor:
+        """``sum w (r - b)^2`` of every candidate and prompt: ``[kappas, recall or 1, P]``."""
+        rows = slice(None, None, -(-len(batch.rewards) // MOST_EVIDENCE) or 1)
+        r, w, own, prior = batch.rewards[rows], batch.weights[rows], view.own[rows], view.prior[rows]
+        owns = [own] if view.recalled is None else [own + share * view.recalled[rows] for share in RECALL]
+        losses = [
+            (w * (r - shrunk_mean(some, prior, shrinkage)).square()).view(len(r), -1).sum(1)
+            for shrinkage in self._shrinkages(r)
+            for some in owns
+        ]
+        of_prompts = r.new_zeros(len(losses), len(batch.groups.sizes))
+        of_prompts.index_add_(1, batch.groups.index[rows], torch.stack(losses))
+        return of_prompts.view(len(self._kappas), len(owns), -1)
+
+    def _shrinkages(self, like: Tensor) -> Tensor:
+        return like.new_tensor([1.0 if kappa == math.inf else kappa / (1 + kappa) for kappa in self._kappas])
+
+    # --------------------------------------------------------------------------------------------------- the state
+    def _parts(self) -> dict[str, Any]:
+        return {"pool": self._pool, "evidence": self._evidence, "memory": self._memory}
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """All that was learned, as tensors: loads with ``weights_only=True``."""
+        return state_of(self._parts())
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take it over, bit for bit; the settings stay those of the constructor."""
+        load_state(self._parts(), state)
+
+    def extra_repr(self) -> str:
+        kappa = {1: f", kappa={self._kappas[0]}"}.get(len(self._kappas), ", kappa='auto'")
+        return f"scope={self.scope!r}, leave_one_out={self.leave_one_out}" + kappa * (self.scope == "shrink")
+
+
+class _View(NamedTuple):
+    """What the baselines of a batch may look at, ``[B, ..., 4]`` each, without their own outputs."""
+
+    sums: Tensor  # of the outputs themselves
+    own: Tensor  # other outputs of the prompt
+    prior: Tensor  # the average output of the pool
+    recalled: Tensor | None  # earlier outputs of the prompt

@@ -1,0 +1,154 @@
+"""What earlier batches leave behind: pooled sums, evidence on how much to shrink, the outputs of prompts seen before.
+
+All of it is known before the next outputs are sampled, which is what keeps baselines built from it unbiased.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Pool:
+    """Sums of past batches, each batch ``decay`` times the weight of the next: ``[..., 4]``."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.sums = torch.zeros(4, dtype=torch.float64)
+
+    def like(self, sums: Tensor) -> Tensor:
+        """The sums for each column of a batch ``[B, ..., 4]``, zeros for columns never seen."""
+        past, columns = self.sums, sums.shape[1:]
+        if past.shape == columns:
+            return past
+        if past.dim() == 1 and not past.any():
+            return torch.zeros_like(sums[0])
+        if past.dim() != len(columns):
+            raise ValueError(
+                f"rewards: expected {past.dim()} dimensions, as in earlier batches, got {len(columns)}; "
+                "rewards [B] and rewards-to-go [B, T] want a baseline each"
+            )
+        return _padded(past, columns[0])[: columns[0]]
+
+    def update(self, sums: Tensor) -> None:
+        """Fold one batch ``[B, ..., 4]`` in."""
+        total = sums.sum(0)
+        past = torch.zeros_like(total) if self.sums.dim() < total.dim() else self.sums
+        if total.dim() > 1:
+            longest = max(len(past), len(total))
+            past, total = _padded(past, longest), _padded(total, longest)
+        self.sums = self.decay * past + total
+
+
+class Evidence:
+    r"""Which candidate to take: the default, or the one whose gain over it is the surest.
+
+    A candidate's loss is its second moment ``sum w (r - b)^2`` over batches that it had not seen. Up to terms without
+    ``b`` this is the variance of the gradient, and since ``b_i`` is made without output ``i``, the sum over a batch is
+    a leave-one-out cross-validation of it. With ``D_q`` the gain over the default on the outputs of prompt ``q``,
+
+    .. math::
+        \text{best} = \arg\max_c \; \sum_q D_{q,c} - 2 \Big( \sum_q D_{q,c}^2 \Big)^{1/2}
+
+    the default having 0: a candidate has to be ahead by two standard errors. Weights are heavy-tailed, so a few
+    outputs can make any candidate look good for a while.
+    """
+
+    DECAY = 0.99  # per batch
+    ERRORS = 2.0
+
+    def __init__(self, shape: Sequence[int], default: Sequence[int]) -> None:
+        self.default = tuple(default)
+        self.losses = torch.zeros(*shape, dtype=torch.float64)
+        self.gains = torch.zeros(*shape, dtype=torch.float64)
+        self.squares = torch.zeros(*shape, dtype=torch.float64)
+
+    def update(self, losses: Tensor) -> None:
+        """Fold one batch in: losses ``[..., P]`` of each prompt, size 1 where all candidates are the same."""
+        losses = losses.expand(*self.losses.shape, -1)
+        gains = losses[self.default] - losses
+        news = losses.sum(-1), gains.sum(-1), gains.square().sum(-1)
+        finite = torch.stack([new.isfinite().all() for new in news]).all()  # w r^2 of absurd size says nothing
+        self.losses, self.gains, self.squares = (
+            torch.where(finite, decay * old + new, old)
+            for old, new, decay in zip(
+                (self.losses, self.gains, self.squares), news, (self.DECAY, self.DECAY, self.DECAY**2), strict=True
+            )
+        )
+
+    def best(self) -> tuple[Tensor, ...]:
+        """Its index along each dimension."""
+        score = self.gains - self.ERRORS * self.squares.sqrt()
+        score[self.default] = 0.0
+        ahead = torch.where(score > 0, score, 0)
+        ahead[self.default] = torch.finfo(score.dtype).tiny
+        return torch.unravel_index(ahead.argmax(), score.shape)
+
+
+class PromptMemory:
+    """Sums of the outputs that each prompt had before, in weights relative to those of their time.
+
+    Between two visits gradients shrink as the policy grows confident; what stays comparable is a weight relative to the
+    mean weight of its batch. Each visit counts ``DECAY`` times the next one.
+    """
+
+    DECAY = 0.7
+
+    def __init__(self) -> None:
+        self.ids = torch.zeros(0, dtype=torch.int64)
+        self.sums = torch.zeros(0, 4, dtype=torch.float64)
+
+    def recall(self, ids: Tensor) -> Tensor:
+        """``[P] -> [P, 4]``; zeros for a prompt never seen."""
+        if not len(self.ids):
+            return self.sums.new_zeros(len(ids), 4)
+        place = torch.searchsorted(self.ids, ids).clamp_max(len(self.ids) - 1)
+        return torch.where((self.ids[place] == ids)[:, None], self.sums[place], 0)
+
+    def update(self, ids: Tensor, sums: Tensor) -> None:
+        """Fold in one visit of prompts ``[P]`` with sums ``[P, 4]``; a prompt may occur twice."""
+        merged, index = torch.unique(torch.cat([self.ids, ids]), return_inverse=True)
+        old, new = index.split([len(self.ids), len(ids)])
+        total = sums.new_zeros(len(merged), 4).index_copy_(0, old, self.sums)
+        total[new] *= self.DECAY
+        self.ids, self.sums = merged, total.index_add_(0, new, sums)
+
+
+def _padded(rows: Tensor, least: int) -> Tensor:
+    """Zeros below, up to ``least`` rows."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, max(0, least - len(rows))))
+
+
+# ------------------------------------------------------------------------------------------------------- as state
+def state_of(parts: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of the parts, as ``part.name``."""
+    return {
+        f"{part}.{name}": value
+        for part, owner in parts.items()
+        for name, value in vars(owner).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_state(parts: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Put the tensors back where :func:`state_of` found them."""
+    expected = state_of(parts)
+    if set(state) != set(expected):
+        raise ValueError(f"state_dict: missing or unexpected keys {sorted(set(state) ^ set(expected))}")
+    if state["evidence.losses"].shape != expected["evidence.losses"].shape:
+        raise ValueError("state_dict: from a baseline with other settings of scope or kappa")
+    for key, value in state.items():
+        part, name = key.split(".")
+        setattr(parts[part], name, value.clone())
+
+
+def move(parts: dict[str, Any], like: Tensor) -> None:
+    """Bring all tensors to the device of ``like``, floats to its precision."""
+    for key, value in state_of(parts).items():
+        dtype = like.dtype if value.is_floating_point() else value.dtype
+        if value.device != like.device or value.dtype != dtype:
+            part, name = key.split(".")
+            setattr(parts[part], name, value.to(like.device, dtype))

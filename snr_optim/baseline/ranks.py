@@ -1,0 +1,98 @@
+"""One batch from the parts that data-parallel ranks hold, so that each baseline sees all outputs of its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from snr_optim.baseline.inputs import Batch
+from snr_optim.groups import Groups
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def gather(local: Callable[[], Batch], group: ProcessGroup) -> tuple[Batch, slice]:
+    """All ranks' outputs in the order of ranks, and which of them are this rank's.
+
+    A few numbers per output are sent. A rank whose batch is refused says so before anything else is sent, so that no
+    other rank waits for it.
+
+    Args:
+        local: makes this rank's batch, or raises.
+        group: the ranks.
+
+    Raises:
+        Exception: what ``local`` raised.
+        ValueError: another rank's ``local`` raised, or the batches do not belong together.
+    """
+    import torch.distributed as dist
+
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    error: Exception | None = None
+    header = [0] * 6
+    try:
+        batch = local()
+        device = batch.rewards.device
+        header = [1, len(batch.rewards), *_signature(batch)]
+    except Exception as raised:
+        error = raised
+    headers = torch.zeros(size, len(header), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(headers, torch.tensor(header, device=device), group=group)
+    table = headers.tolist()
+    if error is not None:
+        raise error
+    failed = [other for other, row in enumerate(table) if not row[0]]
+    if failed:
+        raise ValueError(f"process_group: the batch of rank {failed[0]} was refused, see its error")
+    if any(row[2:] != table[0][2:] for row in table):
+        raise ValueError(
+            "process_group: expected all ranks to agree on the dimensions and the length of rewards, on ids or a size for "
+            f"groups, and on prompts or none; got {[row[2:] for row in table]}"
+        )
+
+    index = batch.groups.index
+    columns = [batch.rewards.flatten(1) if batch.rewards.dim() > 1 else batch.rewards[:, None]]
+    columns += [batch.weights.view_as(columns[0]), batch.scored.view_as(columns[0]).to(columns[0])]
+    floats = _all_rows(torch.cat(columns, dim=1), [row[1] for row in table], group)
+    ids = batch.groups_given if batch.groups_given is not None else index
+    integers = torch.stack(
+        [ids, torch.full_like(ids, rank), *([] if batch.prompts is None else [batch.prompts[index]])]
+    )
+    integers = _all_rows(integers.T, [row[1] for row in table], group)
+
+    width = columns[0].shape[1]
+    rewards, weights, scored = torch.split(floats, width, dim=1)
+    shape = (len(floats), *batch.rewards.shape[1:])
+    of_rank = integers[:, :2] if batch.groups_given is None else integers[:, :1]
+    _, ids = torch.unique(of_rank, dim=0, return_inverse=True)
+    groups = Groups.of(ids, len(floats), device)
+    whole = Batch(
+        rewards.reshape(shape), weights.reshape(shape), scored.reshape(shape).bool(), groups,
+        None if batch.prompts is None else groups.first(integers[:, 2]),
+    )  # fmt: skip
+    start = sum(row[1] for row in table[:rank])
+    return whole, slice(start, start + len(batch.rewards))
+
+
+def _signature(batch: Batch) -> list[int]:
+    """What has to be the same on all ranks."""
+    columns = batch.rewards.shape[1] if batch.rewards.dim() > 1 else 0
+    return [
+        batch.rewards.dim(), columns, int(batch.groups_given is not None), int(batch.prompts is not None),
+    ]  # fmt: skip
+
+
+def _all_rows(rows: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
+    """``[B_rank, n]`` of every rank, one below the other."""
+    import torch.distributed as dist
+
+    padded = rows.new_zeros(max(counts), rows.shape[1])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
