@@ -51,7 +51,7 @@ def gather(local: Callable[[], Batch], group: ProcessGroup) -> tuple[Batch, slic
         raise ValueError(f"process_group: the batch of rank {failed[0]} was refused, see its error")
     if any(row[2:] != table[0][2:] for row in table):
         raise ValueError(
-            "process_group: expected all ranks to agree on the dimensions and the length of rewards, on ids or a size for "
+            "process_group: expected all ranks to agree on the dimensions and length of rewards, on ids or a size for "
             f"groups, and on prompts or none; got {[row[2:] for row in table]}"
         )
 
