@@ -311,10 +311,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/policy_stages"))
     args = parser.parse_args()
-    for number, stage in enumerate(load(args.out, args.tasks, args.stages, args.jobs)):
-        print(
-            f"{number} {stage.task} pass rate {stage.pass_rate:.3f}, {len(stage.gram)} distinct beginnings of outputs"
-        )
+    for path in build_all(args.out, args.tasks, args.stages, args.jobs):
+        stage = load(path)
+        print(f"{path.stem}: pass rate {stage.pass_rate:.3f}, {len(stage.gram)} distinct beginnings of outputs")
 
 
 if __name__ == "__main__":
