@@ -35,10 +35,10 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "addition": (("+", 2, 1),),
     "mixed": (("+", 1, 1), ("+", 2, 1), ("+", 2, 2), ("*", 1, 1), ("chain", 3), ("chain", 4)),
 }
-SUPERVISED = {
-    "addition": (50, 90, 150, 230, 1500),
-    "mixed": (60, 160, 500, 1000, 4000),
-}  # steps before RL, of each stage
+SUPERVISED = {  # steps before RL, of each stage; its place in the list is its seed
+    "addition": (90, 150, 230, 1500, 50),
+    "mixed": (160, 500, 1000, 4000, 60),
+}
 SUPERVISED_LR = {"addition": 1e-3, "mixed": 1.5e-3}
 SHARPENING, RECORDED = 60, 20  # RL steps
 PROMPTS, GROUP = 128, 16  # of a recorded batch; the study takes parts of it
