@@ -16,6 +16,7 @@ import multiprocessing
 import random
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,14 +37,15 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "mixed": (("+", 1, 1), ("+", 2, 1), ("+", 2, 2), ("*", 1, 1), ("chain", 3), ("chain", 4)),
 }
 SUPERVISED = {  # steps before RL, of each stage; its place in the list is its seed
-    "addition": (90, 150, 230, 1500, 50),
-    "mixed": (160, 500, 1000, 4000, 60),
+    "addition": (90, 150, 230, 1500, 60),
+    "mixed": (160, 500, 1000, 4000),
 }
 SUPERVISED_LR = {"addition": 1e-3, "mixed": 1.5e-3}
 SHARPENING, RECORDED = 60, 20  # RL steps
 PROMPTS, GROUP = 128, 16  # of a recorded batch; the study takes parts of it
 VISITS = (0, 10)  # recorded steps whose prompts are those of the study
 OUTPUTS = 128  # per prompt, that make up the policy of the study
+FEW_OUTPUTS, EARLY = 48, 80  # of policies after fewer supervised steps than that, whose outputs hardly repeat
 MAX_NEW_TOKENS = 13
 
 
@@ -194,7 +196,7 @@ def build(job: tuple[str, int, Path]) -> Path:
         )
         reinforce(model, optimizer, rollout, rewards, GROUP)
 
-    outputs, gram = differentiate(model, tokenizer, study)
+    outputs, gram = differentiate(model, tokenizer, study, FEW_OUTPUTS if steps < EARLY else OUTPUTS)
     stage = Stage(
         task, steps, outputs, torch.tensor([ids[problem.prompt] for problem in study]), study_kinds,
         last_hidden(model, tokenizer, study), history, gram,
@@ -204,14 +206,14 @@ def build(job: tuple[str, int, Path]) -> Path:
     return path
 
 
-def differentiate(model: Any, tokenizer: Any, study: list[Problem]) -> tuple[list[Outputs], Tensor]:
-    """Sample outputs of each prompt; gradients of the log-probs of their tokens, equal beginnings once."""
-    rollout, rewards = roll_out(model, tokenizer, study, OUTPUTS)
+def differentiate(model: Any, tokenizer: Any, study: list[Problem], num: int) -> tuple[list[Outputs], Tensor]:
+    """Sample ``num`` outputs of each prompt; gradients of the log-probs of their tokens, equal beginnings once."""
+    rollout, rewards = roll_out(model, tokenizer, study, num)
     mask = rollout["completion_mask"]
     tokens = rollout["input_ids"][:, -mask.shape[1] :].masked_fill(~mask, -1)
     outputs, gradients, num_nodes = [], [], 0
     for q in range(len(study)):
-        rows = slice(q * OUTPUTS, (q + 1) * OUTPUTS)
+        rows = slice(q * num, (q + 1) * num)
         distinct, index, counts = torch.unique(tokens[rows], dim=0, return_inverse=True, return_counts=True)
         first = torch.stack([(index == u).nonzero()[0, 0] for u in range(len(distinct))]) + rows.start
         selected = {name: tensor[first] for name, tensor in rollout.items()}
@@ -222,12 +224,12 @@ def differentiate(model: Any, tokenizer: Any, study: list[Problem]) -> tuple[lis
         token_weights, head_weights = proxies(model, selected)
         outputs.append(
             Outputs(
-                counts.double() / OUTPUTS, rewards[first].double(), torch.where(nodes < 0, -1, nodes + num_nodes),
+                counts.double() / num, rewards[first].double(), torch.where(nodes < 0, -1, nodes + num_nodes),
                 token_weights, head_weights,
             )
         )  # fmt: skip
         num_nodes += len(row_of)
-    return outputs, inner_products(torch.cat(gradients))
+    return outputs, inner_products(gradients)
 
 
 def prefix_tree(distinct: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -274,13 +276,15 @@ def proxies(model: Any, rollout: Rollout) -> tuple[Tensor, Tensor]:
     return weights, (weights * hidden.double().square().sum(-1)).sum(1)
 
 
-def inner_products(gradients: Tensor, block: int = 1024) -> Tensor:
-    """``G G^T``, the half of it computed that decides the rest."""
-    gram = gradients.new_empty(len(gradients), len(gradients))
-    for start in range(0, len(gradients), block):
-        rows = slice(start, start + block)
-        gram[rows, : start + block] = gradients[rows] @ gradients[: start + block].T
-        gram[:start, rows] = gram[rows, :start].T
+def inner_products(gradients: list[Tensor]) -> Tensor:
+    """``G G^T`` of all rows, of which there are too many to put into one tensor."""
+    ends = torch.tensor([0, *map(len, gradients)]).cumsum(0).tolist()
+    parts = [slice(start, end) for start, end in pairwise(ends)]
+    gram = gradients[0].new_empty(ends[-1], ends[-1])
+    for i, left in enumerate(gradients):
+        for j, right in enumerate(gradients[: i + 1]):
+            gram[parts[i], parts[j]] = left @ right.T
+            gram[parts[j], parts[i]] = gram[parts[i], parts[j]].T.clone()
     return gram
 
 

@@ -6,10 +6,13 @@ weights are heavy-tailed, and ``total - own`` cancels exactly where it matters.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+MANY = 64  # columns from which on adding row to row beats a cumulative sum
 
 
 @dataclass(frozen=True)
@@ -21,16 +24,16 @@ class Groups:
     Attributes:
         index: ``[B]`` int64, the group of each sequence, in ``0..P-1``.
         order: ``[B]`` int64, a stable permutation that brings the members of each group together.
-        position: ``[B]`` int64, place within its group of each sequence *of the sorted batch*.
         sizes: ``[P]`` int64, sequences in each group; never zero.
         largest: the largest size, ``0`` for an empty batch.
+        size: the size of all groups if they are equally large and their members neighbours; else None.
     """
 
     index: Tensor
     order: Tensor
-    position: Tensor
     sizes: Tensor
     largest: int
+    size: int | None
 
     @classmethod
     def of(cls, groups: int | Tensor, batch: int, device: torch.device | str = "cpu") -> Groups:
@@ -57,20 +60,49 @@ class Groups:
                 raise ValueError(f"groups: expected one id per sequence, shape [{batch}], got {list(groups.shape)}")
             _, index, sizes = torch.unique(groups.to(device), return_inverse=True, return_counts=True)
             order = torch.argsort(index, stable=True)
-            largest = int(sizes.max()) if batch else 0
-        elif isinstance(groups, int) and not isinstance(groups, bool):
+            if not batch:
+                return cls(index, order, sizes, 0, None)
+            in_order = (index.diff() >= 0).all().to(sizes.dtype)
+            largest, smallest, sorted_ = torch.stack([sizes.max(), sizes.min(), in_order]).tolist()
+            return cls(index, order, sizes, largest, largest if sorted_ and largest == smallest else None)
+        if isinstance(groups, int) and not isinstance(groups, bool):
             if groups < 1 or batch % groups:
                 raise ValueError(f"groups: expected a positive size that divides the batch of {batch}, got {groups}")
             order = torch.arange(batch, device=device)
-            index = order // groups
             sizes = torch.full((batch // groups,), groups, device=device)
-            largest = groups if batch else 0
-        else:
-            raise TypeError(f"groups: expected an int or an integer tensor, got {type(groups).__name__}")
-        starts = sizes.cumsum(0) - sizes
-        position = torch.arange(batch, device=device) - starts[index[order]]
-        return cls(index, order, position, sizes, largest)
+            return cls(order // groups, order, sizes, groups if batch else 0, groups if batch else None)
+        raise TypeError(f"groups: expected an int or an integer tensor, got {type(groups).__name__}")
 
+    # ------------------------------------------------------------------------------------------------ a batch by groups
+    def blocks(self, most: int) -> Iterator[tuple[slice, slice, Groups]]:
+        """The batch in parts of whole groups, at most ``most`` sequences each where groups are equally large.
+
+        Yields:
+            The sequences, the groups, and the partition of the part.
+        """
+        if self.size is None or len(self.index) <= most:
+            yield slice(0, len(self.index)), slice(0, len(self.sizes)), self
+            return
+        step = max(1, most // self.size)
+        for start in range(0, len(self.sizes), step):
+            end = min(start + step, len(self.sizes))
+            sequences = slice(start * self.size, end * self.size)
+            device = self.index.device
+            yield sequences, slice(start, end), Groups.of(self.size, sequences.stop - sequences.start, device)
+
+    def fold(self, values: Tensor) -> Tensor:
+        """``[B, ...] -> [P, G, ...]`` where groups are equally large, ``[B, ...]`` elsewhere; a view."""
+        return values if self.size is None else values.reshape(-1, self.size, *values.shape[1:])
+
+    def unfold(self, values: Tensor) -> Tensor:
+        """Back to ``[B, ...]``."""
+        return values if self.size is None else values.flatten(0, 1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """What belongs to groups, ``[P, ...]``, in a shape that broadcasts with folded sequences."""
+        return values[self.index] if self.size is None else values.unsqueeze(1)
+
+    # ------------------------------------------------------------------------------------------------------------ sums
     def first(self, values: Tensor) -> Tensor:
         """The value of each group's first member: ``[B, ...] -> [P, ...]``.
 
@@ -94,16 +126,19 @@ class Groups:
     def sum_of_others(self, values: Tensor) -> Tensor:
         """Leave one out: the sum over the *other* members of each sequence's group, ``[B, ...] -> [B, ...]``.
 
-        A segmented exclusive scan from either side, in ``log2(largest)`` vectorised passes. No term is
-        ever subtracted, so for non-negative values the relative error is that of a plain sum.
+        The sum of those before and those after, each by additions alone: for non-negative values the relative error is
+        that of a plain sum. Groups of different sizes take ``log2(largest)`` passes, a segmented scan from either side.
 
         Example:
             >>> Groups.of(3, batch=3).sum_of_others(torch.tensor([1., 1e30, 2.]))
             tensor([1.0000e+30, 3.0000e+00, 1.0000e+30])
         """
-        ordered = values[self.order]
-        before = self._exclusive_scan(ordered, self.position)
-        from_end = self.sizes[self.index[self.order]] - 1 - self.position
+        if self.size is not None:
+            return self.unfold(_sum_of_others(self.fold(values)))
+        ordered, index = values[self.order], self.index[self.order]
+        position = torch.arange(len(ordered), device=values.device) - (self.sizes.cumsum(0) - self.sizes)[index]
+        from_end = self.sizes[index] - 1 - position
+        before = self._exclusive_scan(ordered, position)
         after = self._exclusive_scan(ordered.flip(0), from_end.flip(0)).flip(0)
         return torch.empty_like(values).index_copy_(0, self.order, before + after)
 
@@ -114,11 +149,7 @@ class Groups:
             >>> Groups.of(2, batch=4).sum_of_other_groups(torch.tensor([1., 2., 3., 4.]))
             tensor([7., 7., 3., 3.])
         """
-        totals = self.sum(values)
-        others = torch.zeros_like(totals)
-        others[1:] = totals[:-1].cumsum(0)
-        others[:-1] += totals[1:].flip(0).cumsum(0).flip(0)
-        return others[self.index]
+        return sum_of_others(self.sum(values))[self.index]
 
     def _exclusive_scan(self, values: Tensor, position: Tensor) -> Tensor:
         """Sum of the earlier members of each segment: Hillis and Steele's doubling, cut at segment starts."""
@@ -132,3 +163,31 @@ class Groups:
         shifted = torch.zeros_like(values)
         shifted[1:] = torch.where(position[1:] > 0, running[:-1], 0)
         return shifted
+
+
+def sum_of_others(values: Tensor) -> Tensor:
+    """Leave one out along the first dimension: the sum of all other rows, by additions alone.
+
+    Example:
+        >>> sum_of_others(torch.tensor([1., 2., 4.]))
+        tensor([6., 5., 3.])
+    """
+    return _sum_of_others(values.unsqueeze(0)).squeeze(0)
+
+
+def _sum_of_others(values: Tensor) -> Tensor:
+    """Along the second dimension of ``[P, G, ...]``."""
+    if values.shape[1] < 2 or values[:1, :1].numel() < MANY:
+        others = torch.zeros_like(values)
+        others[:, 1:] = values[:, :-1].cumsum(1)
+        others[:, :-1] += values[:, 1:].flip(1).cumsum(1).flip(1)
+        return others
+    others = torch.empty_like(values)
+    others[:, 0] = 0
+    for g in range(1, values.shape[1]):
+        torch.add(others[:, g - 1], values[:, g - 1], out=others[:, g])
+    after = values[:, -1].clone()
+    for g in range(values.shape[1] - 2, -1, -1):
+        others[:, g] += after
+        after += values[:, g]
+    return others

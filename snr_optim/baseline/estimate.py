@@ -1,33 +1,60 @@
-"""The formula: weighted means of the reward, shrunk towards a prior. Tensors in, tensors out; nothing is remembered.
-
-Everything is written in four sums, the last dimension of the tensors here: ``w r``, ``w``, ``r`` and ``1`` over scored
-outputs. The first two give the weighted mean, the last two the plain one where no weight is left.
-"""
+"""The formula: weighted means of the reward, shrunk towards a prior. Nothing is remembered here."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-def weighted_sums(rewards: Tensor, weights: Tensor, scored: Tensor) -> Tensor:
-    """``(w r, w, r, 1)`` of each output, zeros where it was not scored: ``[...] -> [..., 4]``."""
-    return torch.stack([weights * rewards, weights, rewards, scored.to(rewards.dtype)], dim=-1)
+from snr_optim.groups import Groups
 
 
-def mean_of(sums: Tensor) -> Tensor:
-    """The weighted mean; the plain one where all weights are zero; 0 where nothing was summed."""
-    wr, w, r, n = sums.unbind(-1)
-    plain = torch.where(n > 0, r / n, 0)
-    return torch.where(w > 0, wr / w, plain)
+@dataclass(frozen=True)
+class Sums:
+    """Over some outputs: of ``w r``, ``w`` and ``r``, and their number. Tensors that broadcast together.
+
+    The first two give the weighted mean; the last two the plain one, for where no weight is left.
+    """
+
+    wr: Tensor
+    w: Tensor
+    r: Tensor
+    n: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Sums:
+        """The same done to all four."""
+        return Sums(function(self.wr), function(self.w), function(self.r), function(self.n))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Sums]) -> Sums:
+        """One below the other."""
+        return cls(*(torch.cat(columns) for columns in zip(*(part.tensors() for part in parts), strict=True)))
+
+    @classmethod
+    def unstack(cls, stacked: Tensor) -> Sums:
+        """From ``[..., 4]``."""
+        return cls(*stacked.unbind(-1))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All four."""
+        return self.wr, self.w, self.r, self.n
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.wr + other.wr, self.w + other.w, self.r + other.r, self.n + other.n)
+
+    def per_output(self) -> Sums:
+        """Of one average output; zeros where there was none."""
+        n = self.n.clamp_min(torch.finfo(self.n.dtype).tiny)
+        return self.map(lambda total: total / n)
+
+    def mean(self) -> Tensor:
+        """Weighted; plain where all weights are zero; 0 where nothing was summed."""
+        return _mean(self.wr, self.w, lambda: (self.r, self.n))
 
 
-def per_output(sums: Tensor) -> Tensor:
-    """The sums of one average output, zeros where there was none."""
-    return torch.where(sums[..., 3:] > 0, sums / sums[..., 3:], 0)
-
-
-def shrunk_mean(own: Tensor, prior: Tensor, shrinkage: Tensor) -> Tensor:
+def shrunk_mean(own: Sums, prior: Sums, shrinkage: Tensor) -> Tensor:
     r"""The mean of ``own`` outputs and ``kappa`` outputs like the ``prior``.
 
     .. math::
@@ -37,9 +64,45 @@ def shrunk_mean(own: Tensor, prior: Tensor, shrinkage: Tensor) -> Tensor:
     In this form, with both sides divided by ``1 + kappa``, ``kappa = inf`` is a number like others.
 
     Args:
-        own: ``[..., 4]``, sums over the outputs at hand.
-        prior: ``[..., 4]``, the sums of one pseudo-output; zeros where there is no prior, and then no shrinkage.
-        shrinkage: in [0, 1].
+        own: over the outputs at hand.
+        prior: of one pseudo-output; zeros where there is no prior, and then no shrinkage.
+        shrinkage: in [0, 1], a scalar.
     """
-    shrinkage = torch.where(prior[..., 3:] > 0, shrinkage, 0)
-    return mean_of((1 - shrinkage) * own + shrinkage * prior)
+    shrinkage = torch.where(prior.n > 0, shrinkage, 0)
+    return _mean(
+        torch.lerp(own.wr, prior.wr, shrinkage),
+        torch.lerp(own.w, prior.w, shrinkage),
+        lambda: (torch.lerp(own.r, prior.r, shrinkage), torch.lerp(own.n, prior.n, shrinkage)),
+    )
+
+
+def _mean(wr: Tensor, w: Tensor, plain: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+    """``wr / w``, and where ``w`` is 0 the plain mean from its sum and count."""
+    there = w > 0
+    if w.device.type == "cpu" and there.all():  # nearly always, and half the price; not worth to wait for on a device
+        return wr / w
+    r, n = plain()
+    return torch.where(there, wr / w, torch.where(n > 0, r / n, 0))
+
+
+def sums_of_groups(rewards: Tensor, weights: Tensor, scored: Tensor | None, groups: Groups) -> Sums:
+    """The sums over all outputs of each group, ``[P, ...]``, in float64 (float32 on mps)."""
+    exact = torch.float32 if rewards.device.type == "mps" else torch.float64
+
+    def total(values: Tensor) -> Tensor:
+        return groups.sum(values.to(exact)) if groups.size is None else groups.fold(values).sum(1).to(exact)
+
+    r = total(rewards)
+    n = groups.sizes.view(-1, *[1] * (rewards.dim() - 1)).to(exact).expand_as(r) if scored is None else total(scored)
+    return Sums(total(weights * rewards), total(weights), r, n)
+
+
+def sums_of_others(rewards: Tensor, weights: Tensor, scored: Tensor | None, groups: Groups, totals: Sums) -> Sums:
+    """The sums over the *other* outputs of each group; all shapes as :meth:`Groups.fold` and ``spread`` give them.
+
+    Weights are heavy-tailed, so what is left beside a large one is added up, not what remains of a difference. Rewards
+    and counts only stand in where there are no weights, and are taken off the ``totals`` of the groups.
+    """
+    others_wr, others_w = groups.sum_of_others(weights * rewards), groups.sum_of_others(weights)
+    itself = 1.0 if scored is None else groups.fold(scored)
+    return Sums(groups.fold(others_wr), groups.fold(others_w), totals.r - groups.fold(rewards), totals.n - itself)

@@ -12,16 +12,17 @@ from snr_optim.groups import Groups
 
 # So that sums of w r stay finite: (rewards, weights), by the precision that is worked in.
 LARGEST = {torch.float64: (1e50, 1e250), torch.float32: (1e10, 1e25)}
+EXACT_UP_TO = 1 << 18  # numbers of [B, T] that are worked on in float64 whatever their own precision
 
 
 @dataclass
 class Batch:
-    """``B`` outputs, float64 (float32 on mps), zeros where ``scored`` is False.
+    """``B`` outputs, zeros where one was not scored.
 
     Attributes:
-        rewards: ``[B]`` or ``[B, T]``.
+        rewards: ``[B]`` or ``[B, T]`` in float64; float32 if it was no more and is large, or is on mps.
         weights: likewise, importance ratios included.
-        scored: likewise, bool.
+        scored: likewise, 0 and 1; None where all are.
         groups: the partition into prompts.
         prompts: ``[P]`` ids that last over batches, or None.
         groups_given: ``[B]`` the ids that ``groups`` was made of, None where it was a size.
@@ -29,19 +30,26 @@ class Batch:
 
     rewards: Tensor
     weights: Tensor
-    scored: Tensor
+    scored: Tensor | None
     groups: Groups
     prompts: Tensor | None
     groups_given: Tensor | None = None
+
+    def part(self, sequences: slice, prompts: slice, groups: Groups) -> Batch:
+        """Some of its outputs."""
+        return Batch(
+            self.rewards[sequences], self.weights[sequences],
+            None if self.scored is None else self.scored[sequences], groups,
+            None if self.prompts is None else self.prompts[prompts],
+        )  # fmt: skip
 
 
 def check(rewards: Any, weights: Any, groups: Any, ratios: Any = None, prompts: Any = None) -> Batch:
     """The batch, or the error that names the argument."""
     if not isinstance(rewards, Tensor) or rewards.dim() == 0 or rewards.is_complex():
         raise TypeError(f"rewards: expected a real tensor [B] or [B, T], got {_described(rewards)}")
-    exact = torch.float32 if rewards.device.type == "mps" else torch.float64
-    r = rewards.detach().to(exact)
-    scored = ~r.isnan()
+    coarse = rewards.device.type == "mps" or (rewards.dim() > 1 and rewards.numel() > EXACT_UP_TO)
+    r = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32) if coarse else torch.float64)
     w = torch.ones_like(r) if weights is None else _like("weights", weights, rewards).to(r)
     if ratios is not None:
         w = w * _like("ratios", ratios, rewards).to(r).square()
@@ -50,10 +58,13 @@ def check(rewards: Any, weights: Any, groups: Any, ratios: Any = None, prompts: 
     if groups is None:
         raise ValueError("groups: expected the size of every prompt's group, or integer ids [B]")
     partition = Groups.of(groups, len(r), r.device)
-    _expect_bounded(r, w, scored, "weights" if ratios is None else "weights * ratios**2")
-    r, w = torch.where(scored, r, 0), torch.where(scored, w, 0)
-    if r.dim() > 1 and prompts is not None:
+    if prompts is not None and r.dim() > 1:
         raise ValueError("prompts: expected rewards [B]; prompts are not remembered per token, [B, T]")
+    scored = None
+    if r.numel() and not _all_within_bounds(r, w):
+        known = ~r.isnan()
+        _expect_within_bounds(r, w, known, "weights" if ratios is None else "weights * ratios**2")
+        r, w, scored = torch.where(known, r, 0), torch.where(known, w, 0), known.to(r.dtype)
     ids = None if prompts is None else _of_groups("prompts", _prompt_ids(prompts, len(r)).to(r.device), partition)
     given = groups.to(r.device, torch.int64) if isinstance(groups, Tensor) else None
     return Batch(r, w, scored, partition, ids, given)
@@ -67,22 +78,27 @@ def _like(name: str, value: Any, rewards: Tensor) -> Tensor:
     return value.detach()
 
 
-def _expect_bounded(r: Tensor, w: Tensor, scored: Tensor, weights: str) -> None:
-    """One look at the data, so that an accelerator is waited for once."""
+def _all_within_bounds(r: Tensor, w: Tensor) -> bool:
+    """In one look, so that an accelerator is waited for once; False where anything is NaN."""
     largest_reward, largest_weight = LARGEST[r.dtype]
-    bad_r = scored & ~(r.abs() <= largest_reward)
-    bad_w = scored & ~((w >= 0) & (w <= largest_weight))
-    if not torch.stack([bad_r.any(), bad_w.any()]).any():
-        return
-    if bad_r.any():
+    lowest, highest, least, most = torch.stack([*r.aminmax(), *w.aminmax()]).tolist()
+    return bool(-largest_reward <= lowest and highest <= largest_reward and least >= 0 and most <= largest_weight)
+
+
+def _expect_within_bounds(r: Tensor, w: Tensor, known: Tensor, weights: str) -> None:
+    largest_reward, largest_weight = LARGEST[r.dtype]
+    bad = known & ~(r.abs() <= largest_reward)
+    if bad.any():
         raise ValueError(
             f"rewards: expected finite values (up to {largest_reward:g}), or NaN for 'not scored'; "
-            f"got {r[bad_r][0].item()} at {bad_r.nonzero()[0].tolist()}"
+            f"got {r[bad][0].item()} at {bad.nonzero()[0].tolist()}"
         )
-    raise ValueError(
-        f"{weights}: expected non-negative finite numbers (up to {largest_weight:g}), got {w[bad_w][0].item()} "
-        f"at {bad_w.nonzero()[0].tolist()}"
-    )
+    bad = known & ~((w >= 0) & (w <= largest_weight))
+    if bad.any():
+        raise ValueError(
+            f"{weights}: expected non-negative finite numbers (up to {largest_weight:g}), got {w[bad][0].item()} "
+            f"at {bad.nonzero()[0].tolist()}"
+        )
 
 
 def _prompt_ids(prompts: Any, batch: int) -> Tensor:

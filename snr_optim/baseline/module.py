@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from snr_optim.baseline.estimate import mean_of, per_output, shrunk_mean, weighted_sums
+from snr_optim.baseline.estimate import Sums, shrunk_mean, sums_of_groups, sums_of_others
 from snr_optim.baseline.inputs import Batch, check
 from snr_optim.baseline.past import Evidence, Pool, PromptMemory, load_state, move, state_of
 from snr_optim.baseline.ranks import gather
+from snr_optim.groups import Groups, sum_of_others
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -20,7 +22,7 @@ SCOPES = ("group", "batch", "shrink")
 KAPPAS = (0.0, 1.0, 4.0, 16.0, 64.0, 256.0, math.inf)  # outputs
 DEFAULT_KAPPA = 64.0  # unless there is evidence for another
 RECALL = (0.0, 0.3, 1.0)  # share of a prompt's remembered outputs that counts
-MOST_EVIDENCE = 1 << 16  # outputs of a batch that candidates are compared on
+BLOCK = 1 << 19  # numbers that are worked on at a time: they stay in the cache of a CPU
 
 
 class GradWeightedBaseline(nn.Module):
@@ -149,7 +151,7 @@ class GradWeightedBaseline(nn.Module):
                 in one group; ``prompts`` without ``scope="shrink"`` or with ``[B, T]``.
         """
         batch, rows = self._checked(rewards, weights, groups, ratios, prompts)
-        return self._chosen(self._look(batch))[rows].to(self._dtype)
+        return self._chosen(batch, self._look(batch))[rows].to(self._dtype)
 
     def advantages(
         self,
@@ -168,7 +170,7 @@ class GradWeightedBaseline(nn.Module):
         """
         batch, rows = self._checked(rewards, weights, groups, ratios, prompts)
         view = self._look(batch)
-        advantages = torch.where(batch.scored, batch.rewards - self._chosen(view), 0)[rows]
+        advantages = self._chosen(batch, view, subtract=True)[rows]
         if update:
             self._learn(batch, view)
         return advantages.to(self._dtype)
@@ -211,10 +213,10 @@ class GradWeightedBaseline(nn.Module):
         """
         self._expect_supported(prompts)
         if prompts is None:
-            return mean_of(self._pool.sums).to(self._dtype)
+            return Sums.unstack(self._pool.sums).mean().to(self._dtype)
         unscored = torch.full((len(prompts),), math.nan, dtype=self._pool.sums.dtype, device=self._pool.sums.device)
         batch = check(unscored, None, 1, prompts=prompts)
-        return self._chosen(self._look(batch)).to(self._dtype)
+        return self._chosen(batch, self._look(batch)).to(self._dtype)
 
     def metrics(self) -> dict[str, float]:
         """What has been chosen and how well it does: numbers to log (waits for the device).
@@ -253,49 +255,78 @@ class GradWeightedBaseline(nn.Module):
             raise ValueError(f"prompts: remembered in scope 'shrink' alone, got scope {self.scope!r}")
 
     def _look(self, batch: Batch) -> _View:
-        """Everything that the baselines of this batch may look at."""
-        groups, sums = batch.groups, weighted_sums(batch.rewards, batch.weights, batch.scored)
-        past = self._pool.like(sums)
-        if self.leave_one_out:
-            own, pool = groups.sum_of_others(sums), groups.sum_of_other_groups(sums) + past
-        else:
-            own, pool = groups.sum(sums)[groups.index], (sums.sum(0) + past).expand_as(sums)
-        prior, recalled = per_output(pool), None
+        """What the baselines of each prompt may look at, beside its own outputs."""
+        parts = [
+            sums_of_groups(part.rewards, part.weights, part.scored, groups) for part, groups, _, _ in _blocks(batch)
+        ]
+        totals = Sums.cat(parts)
+        if self.scope == "group":
+            return _View(totals, None, None)
+        past = Sums.unstack(self._pool.like(batch.rewards.shape[1:]))
+        pool = totals.map(sum_of_others if self.leave_one_out else lambda total: total.sum(0).expand_as(total)) + past
+        prior, recalled = pool.per_output(), None
         if batch.prompts is not None:
-            recalled = self._memory.recall(batch.prompts)[groups.index]
-            recalled = torch.cat([recalled[:, :2] * prior[:, 1:2], recalled[:, 2:]], dim=1)
-        return _View(sums, own, prior, recalled)
+            relative = Sums.unstack(self._memory.recall(batch.prompts))
+            recalled = Sums(relative.wr * prior.w, relative.w * prior.w, relative.r, relative.n)
+        return _View(totals, prior, recalled)
 
-    def _chosen(self, view: _View) -> Tensor:
-        """The baseline of the best candidate."""
+    def _chosen(self, batch: Batch, view: _View, subtract: bool = False) -> Tensor:
+        """The baselines of the best candidate; with ``subtract`` the advantages."""
         k, m = self._evidence.best()
-        own = view.own if view.recalled is None else view.own + view.own.new_tensor(RECALL)[m] * view.recalled
-        return shrunk_mean(own, view.prior, self._shrinkages(own)[k])
+        shrinkage, share = self._shrinkages(batch.rewards)[k], batch.rewards.new_tensor(RECALL)[m]
+        result = torch.empty_like(batch.rewards)
+        for part, groups, sequences, prompts in _blocks(batch):
+            own, prior, recalled = self._own(part, groups, view, prompts)
+            own = own if recalled is None else own + recalled.map(share.mul)
+            b = groups.unfold(own.mean() if prior is None else shrunk_mean(own, prior, shrinkage))
+            if not subtract:
+                result[sequences] = b
+            elif part.scored is None:
+                torch.sub(part.rewards, b, out=result[sequences])
+            else:
+                result[sequences] = (part.rewards - b) * part.scored
+        return result
+
+    def _own(self, part: Batch, groups: Groups, view: _View, prompts: slice) -> tuple[Sums, Sums | None, Sums | None]:
+        """The prompt's outputs, the prior and the remembered outputs, for each output of a part of the batch."""
+
+        def spread(of_prompts: Tensor) -> Tensor:
+            return groups.spread(of_prompts[prompts].to(part.rewards.dtype))
+
+        totals = view.totals.map(spread)
+        if self.leave_one_out:
+            own = sums_of_others(part.rewards, part.weights, part.scored, groups, totals)
+        else:
+            own = totals.map(lambda total: total.expand_as(groups.fold(part.rewards)))
+        prior, recalled = (None if sums is None else sums.map(spread) for sums in (view.prior, view.recalled))
+        return own, prior, recalled
 
     def _learn(self, batch: Batch, view: _View) -> None:
         if self.scope == "group":
             return
         if len(self._kappas) > 1 or batch.prompts is not None:
             self._evidence.update(self._losses(batch, view))
-        self._pool.update(view.sums)
+        self._pool.update(torch.stack(view.totals.map(lambda total: total.sum(0)).tensors(), dim=-1))
         if batch.prompts is not None:
-            of_prompts, mean_weight = batch.groups.sum(view.sums), per_output(self._pool.sums)[1]
-            relative = torch.where(mean_weight > 0, of_prompts[:, :2] / mean_weight, 0)
-            self._memory.update(batch.prompts, torch.cat([relative, of_prompts[:, 2:]], dim=1))
+            mean_weight = Sums.unstack(self._pool.sums).per_output().w
+            wr, w, r, n = view.totals.tensors()
+            scale = torch.where(mean_weight > 0, 1 / mean_weight, 0)
+            self._memory.update(batch.prompts, torch.stack([wr * scale, w * scale, r, n], dim=-1))
 
     def _losses(self, batch: Batch, view: _View) -> Tensor:
         """``sum w (r - b)^2`` of every candidate and prompt: ``[kappas, recall or 1, P]``."""
-        rows = slice(None, None, -(-len(batch.rewards) // MOST_EVIDENCE) or 1)
-        r, w, own, prior = batch.rewards[rows], batch.weights[rows], view.own[rows], view.prior[rows]
-        owns = [own] if view.recalled is None else [own + share * view.recalled[rows] for share in RECALL]
-        losses = [
-            (w * (r - shrunk_mean(some, prior, shrinkage)).square()).view(len(r), -1).sum(1)
-            for shrinkage in self._shrinkages(r)
-            for some in owns
-        ]
-        of_prompts = r.new_zeros(len(losses), len(batch.groups.sizes))
-        of_prompts.index_add_(1, batch.groups.index[rows], torch.stack(losses))
-        return of_prompts.view(len(self._kappas), len(owns), -1)
+        parts = []
+        for part, groups, _, prompts in _blocks(batch):
+            own, prior, recalled = self._own(part, groups, view, prompts)
+            assert prior is not None
+            owns = [own] if recalled is None else [own + recalled.map(part.rewards.new_tensor(s).mul) for s in RECALL]
+            losses = []
+            for shrinkage in self._shrinkages(part.rewards):
+                for some in owns:
+                    b = groups.unfold(shrunk_mean(some, prior, shrinkage))
+                    losses.append((part.weights * (part.rewards - b).square()).view(len(b), -1).sum(1))
+            parts.append(groups.sum(torch.stack(losses, dim=1).to(view.totals.w.dtype)))
+        return torch.cat(parts).T.reshape(len(self._kappas), -1, len(view.totals.w))
 
     def _shrinkages(self, like: Tensor) -> Tensor:
         return like.new_tensor([1.0 if kappa == math.inf else kappa / (1 + kappa) for kappa in self._kappas])
@@ -318,9 +349,15 @@ class GradWeightedBaseline(nn.Module):
 
 
 class _View(NamedTuple):
-    """What the baselines of a batch may look at, ``[B, ..., 4]`` each, without their own outputs."""
+    """What baselines of a batch may look at beside the outputs of their own prompt; for each of ``P`` prompts."""
 
-    sums: Tensor  # of the outputs themselves
-    own: Tensor  # other outputs of the prompt
-    prior: Tensor  # the average output of the pool
-    recalled: Tensor | None  # earlier outputs of the prompt
+    totals: Sums  # of the prompt's own outputs
+    prior: Sums | None  # the average output of the pool; None in scope "group"
+    recalled: Sums | None  # earlier outputs of the prompt
+
+
+def _blocks(batch: Batch) -> Iterator[tuple[Batch, Groups, slice, slice]]:
+    """Parts of whole prompts that fit a cache: the part, its groups, and its outputs and prompts in the batch."""
+    columns = batch.rewards[:1].numel() or 1
+    for sequences, prompts, groups in batch.groups.blocks(max(1, BLOCK // columns)):
+        yield batch.part(sequences, prompts, groups), groups, sequences, prompts

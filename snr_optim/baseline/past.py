@@ -19,23 +19,19 @@ class Pool:
         self.decay = decay
         self.sums = torch.zeros(4, dtype=torch.float64)
 
-    def like(self, sums: Tensor) -> Tensor:
-        """The sums for each column of a batch ``[B, ..., 4]``, zeros for columns never seen."""
-        past, columns = self.sums, sums.shape[1:]
-        if past.shape == columns:
-            return past
-        if past.dim() == 1 and not past.any():
-            return torch.zeros_like(sums[0])
-        if past.dim() != len(columns):
-            raise ValueError(
-                f"rewards: expected {past.dim()} dimensions, as in earlier batches, got {len(columns)}; "
-                "rewards [B] and rewards-to-go [B, T] want a baseline each"
-            )
-        return _padded(past, columns[0])[: columns[0]]
+    def like(self, columns: torch.Size) -> Tensor:
+        """The sums for the columns of a batch, ``[*columns, 4]``; zeros for those never seen."""
+        if self.sums.dim() == len(columns) + 1:
+            return _padded(self.sums, columns[0])[: columns[0]] if columns else self.sums
+        if self.sums.dim() == 1 and not self.sums.any():
+            return self.sums.new_zeros(*columns, 4)
+        raise ValueError(
+            f"rewards: expected {self.sums.dim()} dimensions, as in earlier batches, got {len(columns) + 1}; "
+            "rewards [B] and rewards-to-go [B, T] want a baseline each"
+        )
 
-    def update(self, sums: Tensor) -> None:
-        """Fold one batch ``[B, ..., 4]`` in."""
-        total = sums.sum(0)
+    def update(self, total: Tensor) -> None:
+        """Fold the sums of one batch in, ``[*columns, 4]``."""
         past = torch.zeros_like(total) if self.sums.dim() < total.dim() else self.sums
         if total.dim() > 1:
             longest = max(len(past), len(total))

@@ -57,7 +57,8 @@ def gather(local: Callable[[], Batch], group: ProcessGroup) -> tuple[Batch, slic
 
     index = batch.groups.index
     columns = [batch.rewards.flatten(1) if batch.rewards.dim() > 1 else batch.rewards[:, None]]
-    columns += [batch.weights.view_as(columns[0]), batch.scored.view_as(columns[0]).to(columns[0])]
+    scored = torch.ones_like(batch.rewards) if batch.scored is None else batch.scored
+    columns += [batch.weights.view_as(columns[0]), scored.view_as(columns[0])]
     floats = _all_rows(torch.cat(columns, dim=1), [row[1] for row in table], group)
     ids = batch.groups_given if batch.groups_given is not None else index
     integers = torch.stack(
@@ -72,7 +73,7 @@ def gather(local: Callable[[], Batch], group: ProcessGroup) -> tuple[Batch, slic
     _, ids = torch.unique(of_rank, dim=0, return_inverse=True)
     groups = Groups.of(ids, len(floats), device)
     whole = Batch(
-        rewards.reshape(shape), weights.reshape(shape), scored.reshape(shape).bool(), groups,
+        rewards.reshape(shape), weights.reshape(shape), scored.reshape(shape), groups,
         None if batch.prompts is None else groups.first(integers[:, 2]),
     )  # fmt: skip
     start = sum(row[1] for row in table[:rank])
