@@ -15,9 +15,7 @@ nothing is learned from the draws.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import environment, print_table, progress
+from benchmarks.harness import environment, print_table, progress, write_json
 from benchmarks.policy_stages import KINDS, VISITS, Stage, build_all, load
 from snr_optim import GradWeightedBaseline
 
@@ -396,14 +394,9 @@ def main() -> None:
             rows += of_stage
             report(f"{of_stage[0]['task']}, pass rate {of_stage[0]['pass_rate']:.2f}")
     result = summary(rows)
-    whole = {
-        "benchmark": "baseline_variance",
-        "command": ("python -m benchmarks.baseline_variance " + " ".join(sys.argv[1:])).strip(),
-        "environment": origin, "unit": "trace of the covariance of the batch gradient, relative to the oracle's",
-        "summary": result, "rows": rows,
-    }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "baseline_variance.json").write_text(json.dumps(whole, indent=1) + "\n")
+    unit = "trace of the covariance of the batch gradient, relative to the oracle's"
+    path = args.out / "baseline_variance.json"
+    write_json(path, "baseline_variance", origin, unit=unit, summary=result, rows=rows)
     draw_picture(rows, args.out / "baseline_variance.png", args.groups[len(args.groups) // 2], args.prompts[-1])
     print_table(result, list(result[0]))
 

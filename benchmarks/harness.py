@@ -197,16 +197,24 @@ def _format(value: Any) -> str:
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write_json(path: Path, benchmark: str, environment: dict[str, Any], limits: Limits, **rest: Any) -> None:
-    result = {
+def write_json(
+    path: Path, benchmark: str, environment: dict[str, Any], *, limits: Limits | None = None, **tables: Any
+) -> None:
+    """What was measured, by which command and on what; tables of rows get a line per row."""
+    head: dict[str, Any] = {
         "benchmark": benchmark,
-        "command": f"python -m benchmarks.{benchmark} " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks.{benchmark} {' '.join(sys.argv[1:])}".strip(),
         "environment": environment,
-        "limits": {"copy_bytes_per_second": limits.bandwidth, "matmul_flop_per_second": limits.matmul},
-        **rest,
     }
+    if limits is not None:
+        head["limits"] = {"copy_bytes_per_second": limits.bandwidth, "matmul_flop_per_second": limits.matmul}
+    head |= {name: table for name, table in tables.items() if not isinstance(table, list)}
+    text = json.dumps(head, indent=1)[:-2]
+    for name, table in tables.items():
+        if isinstance(table, list):
+            text += f',\n "{name}": [\n  ' + ",\n  ".join(map(json.dumps, table)) + "\n ]"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(text + "\n}\n")
 
 
 def draw_roofline(path: Path, title: str, limits: Limits, points: dict[str, tuple[Cost, float]]) -> None:

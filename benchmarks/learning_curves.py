@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.harness import ROOT, environment, print_table, progress
+from benchmarks.harness import ROOT, environment, print_table, progress, write_json
 from benchmarks.lr_range import GROUP, LAST, MICRO_BATCHES, PROMPTS, WARM_UP, prepare
 from snr_optim import GradWeightedBaseline, SNRAdaptiveLR
 
@@ -198,13 +198,10 @@ def main() -> None:
     chosen = {(b, s): best_lr(rows, b, s) for b, s in pairs}
     do([Setting(b, s, lr, seed, args.steps) for seed in args.seeds for (b, s), lr in chosen.items()])
     result = summary(rows, chosen, args.seeds)
-    command = ("python -m benchmarks.learning_curves " + " ".join(sys.argv[1:])).strip()
     for row in rows:
         row["rewards"] = [round(reward, 6) for reward in row["rewards"]]
-    whole = {"benchmark": "learning_curves", "command": command, "environment": origin, "steps": args.steps}
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    text = json.dumps(whole | {"seeds": args.seeds, "summary": result}, indent=1)
-    (args.out / "learning_curves.json").write_text(f'{text[:-2]},\n "runs": [\n{lines}\n]}}\n')
+    path = args.out / "learning_curves.json"
+    write_json(path, "learning_curves", origin, seeds=str(args.seeds), steps=args.steps, summary=result, runs=rows)
     draw(rows, chosen, args.seeds, args.out / "learning_curves.png")
     print_table(result, ("baseline", "schedule", "lr", "final", "mean", "mean_minus_rloo", "mean_minus_rloo_interval"))
 

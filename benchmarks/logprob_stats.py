@@ -225,7 +225,7 @@ def main() -> None:
     name = where["device"]
     print(f"{name}: copy {limits.bandwidth / 1e9:,.0f} GB/s, matmul {limits.matmul / 1e12:,.2f} TFLOP/s")
     print_table(measured, COLUMNS)
-    write_json(args.out / "logprob_stats.json", "logprob_stats", where, limits, rows=measured)
+    write_json(args.out / "logprob_stats.json", "logprob_stats", where, limits=limits, rows=measured)
     if args.plot:
         draw(args.plot, f"{name}, {rows} x {args.vocab:,}", limits, measured)
 

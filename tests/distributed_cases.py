@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from snr_optim import GradientMoments, SNRAdaptiveLR
+from snr_optim import GradientMoments, GradWeightedBaseline, SNRAdaptiveLR
 
 MICRO_BATCHES = 3
 REL = 1e-6  # what is asked for; float64 gives 1e-14
@@ -293,6 +293,54 @@ def refused():
     half = dist.new_group([0])
     if dist.get_rank() == 0:
         refuses(DistributedDataParallel(Model(), process_group=half), f"1 of {world} ranks")
+
+
+def baseline():
+    """Groups split over ranks of unequal shares give what one process gives, and all ranks learn the same."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cuts = [0, 5, *(5 + 11 * (r + 1) for r in range(world - 2)), 40] if world > 1 else [0, 40]
+    mine = slice(cuts[rank], cuts[rank + 1])
+    for scope in ("group", "batch", "shrink"):
+        ours = GradWeightedBaseline(scope, process_group=dist.group.WORLD)
+        alone = GradWeightedBaseline(scope)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            rewards, weights = torch.rand(2, 40, dtype=torch.float64, generator=generator)
+            rewards[7] = torch.nan
+            ids = torch.randint(0, 9, (40,), generator=generator)
+            whole, part = {"groups": ids}, {"groups": ids[mine]}
+            if scope == "shrink":
+                whole, part = {"prompts": ids + step}, {"prompts": ids[mine] + step}
+            got = ours.advantages(rewards[mine], weights[mine], **part, update=True)
+            expected = alone.advantages(rewards, weights, **whole, update=True)
+            assert torch.allclose(got, expected[mine], rtol=REL, atol=1e-12)
+        states = [None] * world
+        dist.all_gather_object(states, ours.get_extra_state())
+        for state in states:
+            assert all(torch.equal(value, states[0][name]) for name, value in state.items())
+    # sizes stay with their rank; tokens; a rank without outputs
+    tokens = torch.arange(24.0).view(8, 3) * (1 + rank)
+    everywhere = torch.cat([torch.arange(24.0).view(8, 3) * (1 + r) for r in range(world)])
+    ours = GradWeightedBaseline("batch", process_group=dist.group.WORLD)
+    expected = GradWeightedBaseline("batch")(everywhere, groups=4)[8 * rank : 8 * rank + 8]
+    assert torch.allclose(ours(tokens, groups=4), expected)
+    some = slice(0, 8 if rank else 0)
+    assert ours(tokens[some], groups=torch.zeros(8, dtype=torch.long)[some]).shape == tokens[some].shape
+
+
+def baseline_refused():
+    """What one rank gets wrong is an error on all of them, at once."""
+    rank = dist.get_rank()
+    ours = GradWeightedBaseline("shrink", process_group=dist.group.WORLD)
+    bad = torch.tensor([1.0, torch.inf if rank == 0 else 0.0])
+    with pytest.raises(ValueError, match="rewards" if rank == 0 else "rank 0"):
+        ours(bad, groups=2)
+    with pytest.raises(ValueError, match="agree"):
+        ours(torch.ones(2), groups=2 if rank == 0 else torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="agree"):
+        ours(torch.ones(2, 3 + rank), groups=2)
+    with pytest.raises(ValueError, match="prompts"):
+        ours(torch.ones(2), groups=torch.zeros(2, dtype=torch.long), prompts=torch.full((2,), rank))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,194 @@ def test_bad_input_is_named(arguments, error, names):
         GradWeightedBaseline("shrink")(**arguments)
 
 
-@pytest.mark.parametrize("kwargs", [{"scope": "prompt"}, {"kappa": 0.0}, {"kappa": math.inf}, {"kappa": math.nan}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"scope": "prompt"}, {"kappa": 0.0}, {"kappa": math.inf}, {"kappa": math.nan}, {"kappa": "best"},
+        {"decay": 1.0}, {"decay": -0.1}, {"decay": "slow"},
+    ],
+)  # fmt: skip
 def test_bad_settings_are_named(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         GradWeightedBaseline(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("scope", "arguments", "error", "names"),
+    [
+        ("shrink", dict(prompts=torch.tensor([0, 0, 1, 2]), groups=2), ValueError, "prompts"),
+        ("shrink", dict(prompts=torch.tensor([0, 0, 1]), groups=2), ValueError, "prompts"),
+        ("shrink", dict(prompts=torch.rand(4), groups=2), TypeError, "prompts"),
+        ("batch", dict(prompts=torch.tensor([0, 0, 1, 1])), ValueError, "prompts"),
+        ("group", dict(prompts=torch.tensor([0, 0, 1, 1])), ValueError, "prompts"),
+        ("shrink", dict(ratios=torch.full((4,), math.inf), groups=2), ValueError, "ratios"),
+        ("shrink", dict(ratios=torch.ones(3), groups=2), ValueError, "ratios"),
+        ("shrink", dict(weights=torch.ones(4, dtype=torch.complex64), groups=2), TypeError, "weights"),
+    ],
+)
+def test_bad_extras_are_named(scope, arguments, error, names):
+    with pytest.raises(error, match=names):
+        GradWeightedBaseline(scope).advantages(torch.ones(4), **arguments)
+
+
+# ------------------------------------------------------------------------------------------------ the family of weights
+def test_lengths_are_opo_without_the_output_itself():
+    rewards, lengths = torch.rand(4, 3, dtype=torch.float64), torch.randint(1, 9, (4, 3)).double()
+    b = GradWeightedBaseline("group")(rewards.flatten(), lengths.flatten(), groups=3).view(4, 3)
+    for q in range(4):
+        for i in range(3):
+            others = [j for j in range(3) if j != i]
+            assert b[q, i] == pytest.approx(float(lengths[q, others] @ rewards[q, others] / lengths[q, others].sum()))
+
+
+def tokens(batch=24, length=7):
+    """Rewards and weights of tokens, a mask, and what OTB makes of them: rewards-to-go and cumulative weights."""
+    mask = (torch.arange(length) < torch.randint(1, length + 1, (batch, 1))).double()
+    rewards, log_probs, sum_p_squared = torch.rand(3, batch, length, dtype=torch.float64)
+    log_probs = log_probs.log()
+    weights = (1 - 2 * log_probs.exp() + sum_p_squared + 1) * mask  # + 1: any numbers will do, but not negative ones
+    to_go = (rewards * mask).flip(1).cumsum(1).flip(1)
+    return rewards, log_probs, sum_p_squared + 1, mask, to_go, weights.cumsum(1) * mask
+
+
+def test_cumulative_weights_are_the_optimal_token_baseline():
+    """Its definition, sum_i W_it R_it / sum_i W_it over the outputs of a prompt, the output itself included."""
+    *_, mask, to_go, cumulative = tokens()
+    b = GradWeightedBaseline("group", leave_one_out=False)(to_go, cumulative, groups=8)
+    for q in range(3):
+        for t in range(mask.shape[1]):
+            rows = slice(8 * q, 8 * q + 8)
+            total = float(cumulative[rows, t].sum())
+            expected = float(cumulative[rows, t] @ to_go[rows, t]) / total if total else 0.0
+            assert b[rows, t].tolist() == pytest.approx([expected] * 8, rel=1e-12)
+
+
+def test_verl_gives_the_same_optimal_token_baseline():
+    algorithms = pytest.importorskip("verl.trainer.ppo.core_algos")
+    rewards, log_probs, sum_p_squared, mask, to_go, cumulative = tokens()
+    index = torch.arange(24).div(8, rounding_mode="floor").numpy()
+    theirs, _ = algorithms.compute_optimal_token_baseline_advantage(
+        rewards, mask, index, log_probs, sum_p_squared, handle_zero_tail=False
+    )
+    ours = GradWeightedBaseline("group", leave_one_out=False).advantages(to_go, cumulative, groups=8) * mask
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)  # theirs adds 1e-8 to the denominator
+
+
+def test_many_tokens_are_worked_on_in_their_own_precision():
+    rewards, weights = torch.rand(512, 1024), torch.rand(512, 1024) ** 8
+    for scope in ("group", "batch", "shrink"):
+        baseline = GradWeightedBaseline(scope)
+        exact = baseline(rewards.double(), weights.double(), groups=8)
+        # A weighted mean of numbers in [0, 1] by eight additions in float32.
+        assert torch.allclose(baseline(rewards, weights, groups=8).double(), exact, rtol=0, atol=2e-6)
+
+
+def test_ids_in_any_order_are_the_same_groups():
+    rewards, weights, order = torch.rand(24), torch.rand(24), torch.randperm(24)
+    for scope in ("group", "batch", "shrink"):
+        baseline = GradWeightedBaseline(scope)
+        by_size, by_id = baseline(rewards, weights, 4), baseline(rewards[order], weights[order], order // 4 * 3 - 7)
+        assert torch.allclose(by_size[order], by_id, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+def batch_of(means, group, seed, spread=1.0):
+    """Rewards 0 or 1 with the given means per prompt; weights that do not tell the reward."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.as_tensor(means).repeat_interleave(group)
+    rewards = torch.bernoulli(means, generator=generator)
+    return rewards, torch.rand(len(rewards), generator=generator) ** spread
+
+
+def test_advantages_change_nothing_unless_asked_to_learn():
+    baseline = GradWeightedBaseline()
+    rewards, weights = batch_of([0.1, 0.9] * 8, 4, seed=0)
+    first = baseline.advantages(rewards, weights, groups=4)
+    assert torch.equal(baseline.advantages(rewards, weights, groups=4), first)
+    assert torch.allclose(rewards - baseline(rewards, weights, groups=4), first, atol=1e-6)
+    assert torch.equal(baseline.advantages(rewards, weights, groups=4, update=True), first)
+    assert not torch.equal(baseline.advantages(rewards, weights, groups=4), first)
+    other = GradWeightedBaseline()
+    other.update(rewards, weights, groups=4)
+    for name, value in baseline.get_extra_state().items():
+        assert torch.equal(value, other.get_extra_state()[name]), name
+
+
+def test_kappa_follows_the_prompts():
+    alike, different = GradWeightedBaseline(), GradWeightedBaseline()
+    for seed in range(20):
+        alike.update(*batch_of([0.5] * 32, 8, seed), groups=8)
+        different.update(*batch_of([0.02, 0.98] * 16, 8, seed), groups=8)
+    assert alike.metrics()["kappa"] >= 64
+    assert different.metrics()["kappa"] <= 1
+    assert different.metrics()["second_moment"] <= 1.0
+
+
+def test_prompts_are_remembered_where_that_helps():
+    """Two outputs per prompt say little; what the prompt did before says more."""
+    means = torch.linspace(0.02, 0.98, 32)
+    ids = torch.arange(32).repeat_interleave(2)
+    remembers, forgets = GradWeightedBaseline(), GradWeightedBaseline()
+    moments = {"remembers": 0.0, "forgets": 0.0}
+    for seed in range(30):
+        rewards, weights = batch_of(means, 2, seed)
+        for name, baseline, extra in (("remembers", remembers, {"prompts": ids}), ("forgets", forgets, {})):
+            advantages = baseline.advantages(rewards, weights, groups=2, update=True, **extra)
+            moments[name] += float((weights * advantages**2).sum()) * (seed >= 15)
+    assert remembers.metrics()["recall"] > 0
+    assert remembers.metrics()["prompts_remembered"] == 32
+    assert moments["remembers"] < 0.9 * moments["forgets"]
+    assert remembers.predict(torch.tensor([0, 31])).tolist() == pytest.approx([0.1, 0.9], abs=0.15)
+    assert remembers.predict(torch.tensor([77])).item() == pytest.approx(remembers.predict().item(), rel=1e-6)
+
+
+def test_state_is_restored_bit_for_bit(tmp_path):
+    ids = torch.tensor([3, 3, 8, 8])
+    baseline = GradWeightedBaseline()
+    for seed in range(3):
+        baseline.update(*batch_of([0.2, 0.8], 2, seed), prompts=ids)
+    torch.save(baseline.state_dict(), tmp_path / "state.pt")
+    resumed = GradWeightedBaseline()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for seed in range(3, 6):
+        rewards, weights = batch_of([0.2, 0.8], 2, seed)
+        both = [b.advantages(rewards, weights, prompts=ids, update=True) for b in (baseline, resumed)]
+        assert torch.equal(*both)
+    assert baseline.metrics() == resumed.metrics()
+    with pytest.raises(ValueError, match="state_dict"):
+        GradWeightedBaseline("batch").load_state_dict(baseline.state_dict())
+
+
+def test_casting_the_module_leaves_its_memory_exact():
+    baseline = GradWeightedBaseline()
+    baseline.update(*batch_of([0.2, 0.8], 4, seed=0), groups=4)
+    before = baseline.predict()
+    assert torch.equal(baseline.to(torch.bfloat16).predict(), before)
+
+
+def test_tokens_are_pooled_by_their_place_and_longer_outputs_may_come():
+    baseline = GradWeightedBaseline("batch", decay=0.5)
+    baseline.update(torch.tensor([[1.0, 2.0]]), groups=1)
+    baseline.update(torch.tensor([[3.0, 6.0, 9.0]]), groups=1)
+    assert baseline.predict().tolist() == pytest.approx([(0.5 + 3) / 1.5, (1 + 6) / 1.5, 9.0])
+    assert baseline(torch.zeros(1, 2), groups=1).tolist()[0] == pytest.approx(baseline.predict()[:2].tolist())
+    with pytest.raises(ValueError, match="rewards"):
+        baseline(torch.zeros(3), groups=1)
+
+
+def test_hostile_batches_leave_no_trace():
+    baseline = GradWeightedBaseline()
+    rewards, weights = batch_of([0.3, 0.6], 4, seed=0)
+    baseline.update(rewards, weights, groups=4)
+    state = baseline.get_extra_state()
+    for bad in (torch.full_like(weights, math.nan), torch.full_like(weights, math.inf), -weights):
+        with pytest.raises(ValueError, match="weights"):
+            baseline.advantages(rewards, bad, groups=4, update=True)
+    assert all(torch.equal(value, state[name]) for name, value in baseline.get_extra_state().items())
+    baseline.update(
+        1e50 * rewards.double(), 1e250 * weights.double(), groups=4
+    )  # squares overflow, and are not taken as evidence
+    baseline.update(torch.full_like(rewards, math.nan), weights, groups=4)
+    baseline.update(rewards, torch.zeros_like(weights), groups=4)
+    baseline.update(rewards[:0], weights[:0], groups=4)
+    assert all(value.isfinite().all() for value in baseline.get_extra_state().values())

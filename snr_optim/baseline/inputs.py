@@ -46,7 +46,7 @@ class Batch:
 
 def check(rewards: Any, weights: Any, groups: Any, ratios: Any = None, prompts: Any = None) -> Batch:
     """The batch, or the error that names the argument."""
-    if not isinstance(rewards, Tensor) or rewards.dim() == 0 or rewards.is_complex():
+    if not isinstance(rewards, Tensor) or rewards.dim() not in (1, 2) or rewards.is_complex():
         raise TypeError(f"rewards: expected a real tensor [B] or [B, T], got {_described(rewards)}")
     coarse = rewards.device.type == "mps" or (rewards.dim() > 1 and rewards.numel() > EXACT_UP_TO)
     r = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32) if coarse else torch.float64)
@@ -65,7 +65,7 @@ def check(rewards: Any, weights: Any, groups: Any, ratios: Any = None, prompts: 
         known = ~r.isnan()
         _expect_within_bounds(r, w, known, "weights" if ratios is None else "weights * ratios**2")
         r, w, scored = torch.where(known, r, 0), torch.where(known, w, 0), known.to(r.dtype)
-    ids = None if prompts is None else _of_groups("prompts", _prompt_ids(prompts, len(r)).to(r.device), partition)
+    ids = None if prompts is None else of_groups("prompts", _prompt_ids(prompts, len(r)).to(r.device), partition)
     given = groups.to(r.device, torch.int64) if isinstance(groups, Tensor) else None
     return Batch(r, w, scored, partition, ids, given)
 
@@ -109,7 +109,8 @@ def _prompt_ids(prompts: Any, batch: int) -> Tensor:
     return prompts.detach().to(torch.int64)
 
 
-def _of_groups(name: str, ids: Tensor, groups: Groups) -> Tensor:
+def of_groups(name: str, ids: Tensor, groups: Groups) -> Tensor:
+    """``[B] -> [P]``: what all outputs of a group have to agree on."""
     of_group = groups.first(ids)
     if (of_group[groups.index] != ids).any():
         raise ValueError(f"{name}: expected one id for all outputs of a group, got several")

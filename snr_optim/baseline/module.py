@@ -113,7 +113,6 @@ class GradWeightedBaseline(nn.Module):
         self._pool = Pool(self.decay)
         self._evidence = Evidence((len(self._kappas), len(RECALL)), (default, 0))
         self._memory = PromptMemory()
-        self._dtype = torch.float32
 
     # ------------------------------------------------------------------------------------------------ for a batch
     def forward(
@@ -137,7 +136,7 @@ class GradWeightedBaseline(nn.Module):
             ratios: importance ratios ``pi / pi_old``, of the shape of ``rewards``: weights become ``ratios**2 * w``.
                 The gradient is then that of ``ratio_i (r_i - b_i) grad log pi(o_i)``.
             prompts: ``[B]`` integer ids that a prompt keeps over epochs. Its earlier outputs count beside the other
-                outputs of the group, where that has done better so far.
+                outputs of the group, where that has done better so far. Five numbers are kept for each prompt.
 
         Returns:
             Like ``rewards``, float32 at least, without gradient. Weights that are all zero wherever an
@@ -151,7 +150,7 @@ class GradWeightedBaseline(nn.Module):
                 in one group; ``prompts`` without ``scope="shrink"`` or with ``[B, T]``.
         """
         batch, rows = self._checked(rewards, weights, groups, ratios, prompts)
-        return self._chosen(batch, self._look(batch))[rows].to(self._dtype)
+        return self._chosen(batch, self._look(batch))[rows].to(_dtype_of(rewards))
 
     def advantages(
         self,
@@ -173,7 +172,7 @@ class GradWeightedBaseline(nn.Module):
         advantages = self._chosen(batch, view, subtract=True)[rows]
         if update:
             self._learn(batch, view)
-        return advantages.to(self._dtype)
+        return advantages.to(_dtype_of(rewards))
 
     def update(
         self,
@@ -184,7 +183,7 @@ class GradWeightedBaseline(nn.Module):
         ratios: Tensor | None = None,
         prompts: Tensor | None = None,
     ) -> None:
-        """Let later batches know this one: their pool, the evidence for ``kappa``, prompts, the regression on features.
+        """Let later batches know this one: their pool, the evidence for ``kappa``, the outputs of its prompts.
 
         In scope ``"group"`` there is nothing to learn. Arguments and errors as in :meth:`forward`.
         """
@@ -202,8 +201,7 @@ class GradWeightedBaseline(nn.Module):
             prompts: ``[P]`` integer ids, of those to predict for.
 
         Returns:
-            ``[P]`` for ``prompts``; else a scalar, or ``[T]`` after rewards-to-go. 0 before the first update. Float32,
-            or float64 after float64 rewards.
+            ``[P]`` float32 for ``prompts``; else a scalar, or ``[T]`` after rewards-to-go. 0 before the first update.
 
         Example:
             >>> baseline = GradWeightedBaseline()
@@ -213,10 +211,10 @@ class GradWeightedBaseline(nn.Module):
         """
         self._expect_supported(prompts)
         if prompts is None:
-            return Sums.unstack(self._pool.sums).mean().to(self._dtype)
+            return Sums.unstack(self._pool.sums).mean().float()
         unscored = torch.full((len(prompts),), math.nan, dtype=self._pool.sums.dtype, device=self._pool.sums.device)
         batch = check(unscored, None, 1, prompts=prompts)
-        return self._chosen(batch, self._look(batch)).to(self._dtype)
+        return self._chosen(batch, self._look(batch)).float()
 
     def metrics(self) -> dict[str, float]:
         """What has been chosen and how well it does: numbers to log (waits for the device).
@@ -247,7 +245,6 @@ class GradWeightedBaseline(nn.Module):
         else:
             batch, rows = gather(local, self.process_group)
         move(self._parts(), batch.rewards)
-        self._dtype = torch.promote_types(rewards.dtype, torch.float32)
         return batch, rows
 
     def _expect_supported(self, prompts: Any) -> None:
@@ -262,9 +259,13 @@ class GradWeightedBaseline(nn.Module):
         totals = Sums.cat(parts)
         if self.scope == "group":
             return _View(totals, None, None)
-        past = Sums.unstack(self._pool.like(batch.rewards.shape[1:]))
-        pool = totals.map(sum_of_others if self.leave_one_out else lambda total: total.sum(0).expand_as(total)) + past
-        prior, recalled = pool.per_output(), None
+        pool = totals.map(lambda total: total.sum(0))
+        if self.leave_one_out:
+            pool = Sums(sum_of_others(totals.wr), sum_of_others(totals.w), pool.r - totals.r, pool.n - totals.n)
+        else:
+            pool = pool.map(lambda total: total.expand_as(totals.r))
+        prior = (pool + Sums.unstack(self._pool.like(batch.rewards.shape[1:]))).per_output()
+        recalled = None
         if batch.prompts is not None:
             relative = Sums.unstack(self._memory.recall(batch.prompts))
             recalled = Sums(relative.wr * prior.w, relative.w * prior.w, relative.r, relative.n)
@@ -302,7 +303,7 @@ class GradWeightedBaseline(nn.Module):
         return own, prior, recalled
 
     def _learn(self, batch: Batch, view: _View) -> None:
-        if self.scope == "group":
+        if self.scope == "group" or not len(batch.rewards):
             return
         if len(self._kappas) > 1 or batch.prompts is not None:
             self._evidence.update(self._losses(batch, view))
@@ -354,6 +355,10 @@ class _View(NamedTuple):
     totals: Sums  # of the prompt's own outputs
     prior: Sums | None  # the average output of the pool; None in scope "group"
     recalled: Sums | None  # earlier outputs of the prompt
+
+
+def _dtype_of(rewards: Tensor) -> torch.dtype:
+    return torch.promote_types(rewards.dtype, torch.float32)
 
 
 def _blocks(batch: Batch) -> Iterator[tuple[Batch, Groups, slice, slice]]:

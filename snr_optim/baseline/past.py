@@ -142,9 +142,10 @@ def load_state(parts: dict[str, Any], state: dict[str, Tensor]) -> None:
 
 
 def move(parts: dict[str, Any], like: Tensor) -> None:
-    """Bring all tensors to the device of ``like``, floats to its precision."""
+    """Bring all tensors to the device of ``like``; floats are float64, float32 on mps."""
+    exact = torch.float32 if like.device.type == "mps" else torch.float64
     for key, value in state_of(parts).items():
-        dtype = like.dtype if value.is_floating_point() else value.dtype
+        dtype = exact if value.is_floating_point() else value.dtype
         if value.device != like.device or value.dtype != dtype:
             part, name = key.split(".")
             setattr(parts[part], name, value.to(like.device, dtype))

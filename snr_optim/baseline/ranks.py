@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from snr_optim.baseline.inputs import Batch
+from snr_optim.baseline.inputs import Batch, of_groups
 from snr_optim.groups import Groups
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ def gather(local: Callable[[], Batch], group: ProcessGroup) -> tuple[Batch, slic
         header = [1, len(batch.rewards), *_signature(batch)]
     except Exception as raised:
         error = raised
-    headers = torch.zeros(size, len(header), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(headers, torch.tensor(header, device=device), group=group)
-    table = headers.tolist()
+    table = _all_rows(torch.tensor([header], device=device), [1] * size, group).tolist()
     if error is not None:
         raise error
     failed = [other for other, row in enumerate(table) if not row[0]]
@@ -59,7 +57,7 @@ def gather(local: Callable[[], Batch], group: ProcessGroup) -> tuple[Batch, slic
     columns = [batch.rewards.flatten(1) if batch.rewards.dim() > 1 else batch.rewards[:, None]]
     scored = torch.ones_like(batch.rewards) if batch.scored is None else batch.scored
     columns += [batch.weights.view_as(columns[0]), scored.view_as(columns[0])]
-    floats = _all_rows(torch.cat(columns, dim=1), [row[1] for row in table], group)
+    floats = _all_rows(torch.cat(columns, dim=1).double(), [row[1] for row in table], group)
     ids = batch.groups_given if batch.groups_given is not None else index
     integers = torch.stack(
         [ids, torch.full_like(ids, rank), *([] if batch.prompts is None else [batch.prompts[index]])]
@@ -74,7 +72,7 @@ def gather(local: Callable[[], Batch], group: ProcessGroup) -> tuple[Batch, slic
     groups = Groups.of(ids, len(floats), device)
     whole = Batch(
         rewards.reshape(shape), weights.reshape(shape), scored.reshape(shape), groups,
-        None if batch.prompts is None else groups.first(integers[:, 2]),
+        None if batch.prompts is None else of_groups("prompts", integers[:, 2], groups),
     )  # fmt: skip
     start = sum(row[1] for row in table[:rank])
     return whole, slice(start, start + len(batch.rewards))
