@@ -303,9 +303,38 @@ def build_all(folder: Path, tasks: list[str], stages: list[int] | None = None, j
 
 
 def load(path: Path) -> Stage:
+    """A stage whose sampled outputs are all that its policy has."""
     stage = torch.load(path, weights_only=False)  # written by `build`, here
     assert isinstance(stage, Stage)
+    centre(stage.gram, stage.outputs)
     return stage
+
+
+def centre(gram: Tensor, outputs: list[Outputs]) -> None:
+    """Make the gradients those of the policy that has these outputs alone, in place.
+
+    It takes each next token as often as the sample did, times ``pi_theta / pi_theta_0`` of the token, normalised. The
+    gradient of such a log-probability is that of ``log pi_theta`` less its mean over the tokens that may come instead,
+    and has mean zero after every beginning: what makes baselines unbiased.
+    """
+    sibling, share = siblings(outputs, len(gram))
+    for _ in range(2):  # rows, then columns
+        means = gram.new_zeros(int(sibling.max()) + 1, len(gram)).index_add_(0, sibling, share[:, None] * gram)
+        for rows in torch.arange(len(gram)).split(1024):
+            gram[rows] -= means[sibling[rows]]
+        gram.t_()
+
+
+def siblings(outputs: list[Outputs], num_nodes: int) -> tuple[Tensor, Tensor]:
+    """For each node the number of its beginning, and how often it comes next there."""
+    mass, parent = torch.zeros(num_nodes), torch.zeros(num_nodes, dtype=torch.long)
+    for q, o in enumerate(outputs):
+        kept = o.nodes >= 0
+        mass.index_add_(0, o.nodes[kept], o.probability[:, None].expand_as(o.nodes)[kept].float())
+        before = torch.cat([torch.full_like(o.nodes[:, :1], num_nodes + q), o.nodes[:, :-1]], dim=1)
+        parent[o.nodes[kept]] = before[kept]
+    of_parent = torch.cat([mass, torch.ones(len(outputs))])[parent]
+    return torch.unique(parent, return_inverse=True)[1], mass / of_parent
 
 
 def main() -> None:
