@@ -15,15 +15,18 @@ lint: .venv/ready            ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/ready           ## minutes each; then the two studies of learning rates, an hour
+bench: .venv/ready           ## minutes each; then the studies that train: three hours
 	$(BIN)/python -m benchmarks.logprob_stats --out runs/bench --plot runs/bench/logprob_stats.png
 	$(BIN)/python -m benchmarks.estimators --out runs/bench
 	$(BIN)/python -m benchmarks.attach_overhead --out runs/bench
+	$(BIN)/python -m benchmarks.baseline_speed --out runs/bench
+	$(BIN)/python -m benchmarks.baseline_variance
+	$(BIN)/python -m benchmarks.learning_curves
 	$(BIN)/python -m benchmarks.lr_ceilings
 	$(BIN)/python -m benchmarks.lr_range
 
 peers: .venv/ready           ## the code bases that `make bench` compares with, where they are missing
-	$(BIN)/pip install -q -c constraints.txt trl liger-kernel ray tensordict hydra-core
+	$(BIN)/pip install -q -c constraints.txt trl liger-kernel ray tensordict hydra-core codetiming orjson
 	$(BIN)/pip install -q --no-deps verl==0.9.1 # its pins are older than ours; the functions compared need none
 
 gpu: OUT ?= runs/gpu
@@ -32,6 +35,7 @@ gpu:                         ## tests and benchmarks on the accelerator of this 
 	$(PYTHON) -m pytest -q tests/test_device.py tests/test_logprob_stats.py
 	$(PYTHON) -m benchmarks.logprob_stats --out $(OUT) --plot $(OUT)/logprob_stats.png
 	$(PYTHON) -m benchmarks.attach_overhead --device cuda --steps 20 --out $(OUT)
+	$(PYTHON) -m benchmarks.baseline_speed --device cuda --out $(OUT)
 	PYTHONPATH=. $(PYTHON) examples/qwen3_arithmetic.py --device cuda --steps 50 --out $(OUT)/qwen3_arithmetic
 
 .venv/ready: pyproject.toml constraints.txt

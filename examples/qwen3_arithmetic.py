@@ -33,7 +33,7 @@ from snr_optim import GradWeightedBaseline, SNRAdaptiveLR
 class GroupNormalised(nn.Module):
     """GRPO's advantages: the group's rewards, centred and divided by their standard deviation."""
 
-    def advantages(self, rewards: Tensor, weights: Tensor | None, groups: int) -> Tensor:
+    def advantages(self, rewards: Tensor, weights: Tensor | None, groups: int, update: bool = False) -> Tensor:
         of_group = rewards.view(-1, groups)
         centred = of_group - of_group.mean(1, keepdim=True)
         return (centred / (of_group.std(1, keepdim=True) + 1e-4)).flatten()
@@ -42,7 +42,7 @@ class GroupNormalised(nn.Module):
 class NoBaseline(nn.Module):
     """REINFORCE: the reward itself."""
 
-    def advantages(self, rewards: Tensor, weights: Tensor | None, groups: int) -> Tensor:
+    def advantages(self, rewards: Tensor, weights: Tensor | None, groups: int, update: bool = False) -> Tensor:
         return rewards
 
 
@@ -89,7 +89,7 @@ def train(args: argparse.Namespace, method: Method, seed: int, run: Run) -> None
         rewards = torch.tensor([is_correct(text, batch[i // args.group_size]) for i, text in enumerate(texts)]).float()
 
         weights = baseline_weights(args.weights if method.weighted else "none", model, rollout)
-        advantages = baseline.advantages(rewards.to(model.device), weights, groups=args.group_size)
+        advantages = baseline.advantages(rewards.to(model.device), weights, groups=args.group_size, update=True)
 
         size = args.prompts // args.micro_batches * args.group_size  # whole prompts: the independent unit
         for start in range(0, len(rewards), size):

@@ -20,6 +20,21 @@ def test_baseline_and_norms_equal_the_cpu():
     assert torch.allclose(logit_grad_norms(logits.cuda(), labels.cuda()).cpu(), norms, rtol=1e-5)
 
 
+def test_a_baseline_learns_the_same_and_follows_its_batches():
+    on_cpu, moving = GradWeightedBaseline(), GradWeightedBaseline()
+    ids = torch.arange(16).repeat_interleave(4)
+    for device in ("cpu", "cuda", "cuda", "cpu"):
+        rewards, weights = torch.rand(64).round(), torch.rand(64)
+        expected = on_cpu.advantages(rewards, weights, prompts=ids, update=True)
+        got = moving.advantages(rewards.to(device), weights.to(device), prompts=ids, update=True)  # ids stay on the CPU
+        assert torch.allclose(got.cpu(), expected, atol=1e-6)
+    assert moving.metrics() == pytest.approx(on_cpu.metrics(), nan_ok=True)
+    to_go, cumulative = torch.rand(64, 300), torch.rand(64, 300)
+    for scope in ("group", "batch", "shrink"):
+        baseline = GradWeightedBaseline(scope)
+        assert torch.allclose(baseline(to_go.cuda(), cumulative.cuda(), 4).cpu(), baseline(to_go, cumulative, 4))
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "optimizer"])
 def test_an_attached_step_with_a_tensor_lr_waits_for_nothing(metric):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)).cuda()
