@@ -30,15 +30,18 @@ class Sums:
     @classmethod
     def cat(cls, parts: Sequence[Sums]) -> Sums:
         """One below the other."""
-        return cls(*(torch.cat(columns) for columns in zip(*(part.tensors() for part in parts), strict=True)))
+        return cls(*map(torch.cat, zip(*(part._tensors() for part in parts), strict=True)))
 
     @classmethod
     def unstack(cls, stacked: Tensor) -> Sums:
         """From ``[..., 4]``."""
         return cls(*stacked.unbind(-1))
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All four."""
+    def stacked(self) -> Tensor:
+        """As ``[..., 4]``."""
+        return torch.stack(self._tensors(), dim=-1)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.wr, self.w, self.r, self.n
 
     def __add__(self, other: Sums) -> Sums:

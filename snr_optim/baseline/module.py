@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from snr_optim.baseline.estimate import Sums, shrunk_mean, sums_of_groups, sums_of_others
+from snr_optim.baseline.candidates import View, baselines, losses, pooled, totals_of
+from snr_optim.baseline.estimate import Sums
 from snr_optim.baseline.inputs import Batch, check
 from snr_optim.baseline.past import Evidence, Pool, PromptMemory, load_state, move, state_of
 from snr_optim.baseline.ranks import gather
-from snr_optim.groups import Groups, sum_of_others
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,7 +21,6 @@ SCOPES = ("group", "batch", "shrink")
 KAPPAS = (0.0, 1.0, 4.0, 16.0, 64.0, 256.0, math.inf)  # outputs
 DEFAULT_KAPPA = 64.0  # unless there is evidence for another
 RECALL = (0.0, 0.3, 1.0)  # share of a prompt's remembered outputs that counts
-BLOCK = 1 << 19  # numbers that are worked on at a time: they stay in the cache of a CPU
 
 
 class GradWeightedBaseline(nn.Module):
@@ -251,83 +249,35 @@ class GradWeightedBaseline(nn.Module):
         if prompts is not None and self.scope != "shrink":
             raise ValueError(f"prompts: remembered in scope 'shrink' alone, got scope {self.scope!r}")
 
-    def _look(self, batch: Batch) -> _View:
-        """What the baselines of each prompt may look at, beside its own outputs."""
-        parts = [
-            sums_of_groups(part.rewards, part.weights, part.scored, groups) for part, groups, _, _ in _blocks(batch)
-        ]
-        totals = Sums.cat(parts)
+    def _look(self, batch: Batch) -> View:
+        totals = totals_of(batch)
         if self.scope == "group":
-            return _View(totals, None, None)
-        pool = totals.map(lambda total: total.sum(0))
-        if self.leave_one_out:
-            pool = Sums(sum_of_others(totals.wr), sum_of_others(totals.w), pool.r - totals.r, pool.n - totals.n)
-        else:
-            pool = pool.map(lambda total: total.expand_as(totals.r))
-        prior = (pool + Sums.unstack(self._pool.like(batch.rewards.shape[1:]))).per_output()
+            return View(totals, None, None)
+        prior = pooled(totals, Sums.unstack(self._pool.like(batch.rewards.shape[1:])), self.leave_one_out)
         recalled = None
         if batch.prompts is not None:
             relative = Sums.unstack(self._memory.recall(batch.prompts))
             recalled = Sums(relative.wr * prior.w, relative.w * prior.w, relative.r, relative.n)
-        return _View(totals, prior, recalled)
+        return View(totals, prior, recalled)
 
-    def _chosen(self, batch: Batch, view: _View, subtract: bool = False) -> Tensor:
+    def _chosen(self, batch: Batch, view: View, subtract: bool = False) -> Tensor:
         """The baselines of the best candidate; with ``subtract`` the advantages."""
         k, m = self._evidence.best()
         shrinkage, share = self._shrinkages(batch.rewards)[k], batch.rewards.new_tensor(RECALL)[m]
-        result = torch.empty_like(batch.rewards)
-        for part, groups, sequences, prompts in _blocks(batch):
-            own, prior, recalled = self._own(part, groups, view, prompts)
-            own = own if recalled is None else own + recalled.map(share.mul)
-            b = groups.unfold(own.mean() if prior is None else shrunk_mean(own, prior, shrinkage))
-            if not subtract:
-                result[sequences] = b
-            elif part.scored is None:
-                torch.sub(part.rewards, b, out=result[sequences])
-            else:
-                result[sequences] = (part.rewards - b) * part.scored
-        return result
+        return baselines(batch, view, self.leave_one_out, shrinkage, share, subtract=subtract)
 
-    def _own(self, part: Batch, groups: Groups, view: _View, prompts: slice) -> tuple[Sums, Sums | None, Sums | None]:
-        """The prompt's outputs, the prior and the remembered outputs, for each output of a part of the batch."""
-
-        def spread(of_prompts: Tensor) -> Tensor:
-            return groups.spread(of_prompts[prompts].to(part.rewards.dtype))
-
-        totals = view.totals.map(spread)
-        if self.leave_one_out:
-            own = sums_of_others(part.rewards, part.weights, part.scored, groups, totals)
-        else:
-            own = totals.map(lambda total: total.expand_as(groups.fold(part.rewards)))
-        prior, recalled = (None if sums is None else sums.map(spread) for sums in (view.prior, view.recalled))
-        return own, prior, recalled
-
-    def _learn(self, batch: Batch, view: _View) -> None:
+    def _learn(self, batch: Batch, view: View) -> None:
         if self.scope == "group" or not len(batch.rewards):
             return
         if len(self._kappas) > 1 or batch.prompts is not None:
-            self._evidence.update(self._losses(batch, view))
-        self._pool.update(torch.stack(view.totals.map(lambda total: total.sum(0)).tensors(), dim=-1))
+            shares = batch.rewards.new_tensor(RECALL)
+            self._evidence.update(losses(batch, view, self.leave_one_out, self._shrinkages(batch.rewards), shares))
+        self._pool.update(view.totals.map(lambda total: total.sum(0)).stacked())
         if batch.prompts is not None:
             mean_weight = Sums.unstack(self._pool.sums).per_output().w
-            wr, w, r, n = view.totals.tensors()
             scale = torch.where(mean_weight > 0, 1 / mean_weight, 0)
-            self._memory.update(batch.prompts, torch.stack([wr * scale, w * scale, r, n], dim=-1))
-
-    def _losses(self, batch: Batch, view: _View) -> Tensor:
-        """``sum w (r - b)^2`` of every candidate and prompt: ``[kappas, recall or 1, P]``."""
-        parts = []
-        for part, groups, _, prompts in _blocks(batch):
-            own, prior, recalled = self._own(part, groups, view, prompts)
-            assert prior is not None
-            owns = [own] if recalled is None else [own + recalled.map(part.rewards.new_tensor(s).mul) for s in RECALL]
-            losses = []
-            for shrinkage in self._shrinkages(part.rewards):
-                for some in owns:
-                    b = groups.unfold(shrunk_mean(some, prior, shrinkage))
-                    losses.append((part.weights * (part.rewards - b).square()).view(len(b), -1).sum(1))
-            parts.append(groups.sum(torch.stack(losses, dim=1).to(view.totals.w.dtype)))
-        return torch.cat(parts).T.reshape(len(self._kappas), -1, len(view.totals.w))
+            seen = view.totals
+            self._memory.update(batch.prompts, Sums(seen.wr * scale, seen.w * scale, seen.r, seen.n).stacked())
 
     def _shrinkages(self, like: Tensor) -> Tensor:
         return like.new_tensor([1.0 if kappa == math.inf else kappa / (1 + kappa) for kappa in self._kappas])
@@ -349,20 +299,5 @@ class GradWeightedBaseline(nn.Module):
         return f"scope={self.scope!r}, leave_one_out={self.leave_one_out}" + kappa * (self.scope == "shrink")
 
 
-class _View(NamedTuple):
-    """What baselines of a batch may look at beside the outputs of their own prompt; for each of ``P`` prompts."""
-
-    totals: Sums  # of the prompt's own outputs
-    prior: Sums | None  # the average output of the pool; None in scope "group"
-    recalled: Sums | None  # earlier outputs of the prompt
-
-
 def _dtype_of(rewards: Tensor) -> torch.dtype:
     return torch.promote_types(rewards.dtype, torch.float32)
-
-
-def _blocks(batch: Batch) -> Iterator[tuple[Batch, Groups, slice, slice]]:
-    """Parts of whole prompts that fit a cache: the part, its groups, and its outputs and prompts in the batch."""
-    columns = batch.rewards[:1].numel() or 1
-    for sequences, prompts, groups in batch.groups.blocks(max(1, BLOCK // columns)):
-        yield batch.part(sequences, prompts, groups), groups, sequences, prompts
