@@ -26,12 +26,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.harness import ROOT, environment, print_table, progress, write_json
-from benchmarks.lr_range import GROUP, LAST, MICRO_BATCHES, PROMPTS, WARM_UP, prepare
+from benchmarks.lr_range import GROUP, LAST, PROMPTS, WARM_UP, prepare, train_on_demo_task
 from snr_optim import GradWeightedBaseline, SNRAdaptiveLR
 
 sys.path.insert(0, str(ROOT / "examples"))
-from arithmetic import is_correct, problems
-from policy import baseline_weights, sample, sequence_log_probs, tiny_qwen3
+from policy import Rollout, baseline_weights, tiny_qwen3
 from qwen3_arithmetic import GroupNormalised, NoBaseline
 
 LRS = {"constant": [1e-4, 2e-4, 4e-4], "snr": [1e-3, 2e-3, 4e-3]}
@@ -69,25 +68,19 @@ def train(setting: Setting, weights_file: Path) -> list[float]:
         scheduler = SNRAdaptiveLR(optimizer, schedule=warm_up)
         scheduler.attach(model)
     baseline = BASELINES[setting.baseline]()
-    torch.manual_seed(setting.seed)
-    rewards = []
-    for step in range(setting.steps):
-        batch = problems(PROMPTS, setting.seed, step)
-        rollout, texts = sample(model, tokenizer, batch, GROUP, max_new_tokens=7)
-        reward = torch.tensor([is_correct(text, batch[i // GROUP]) for i, text in enumerate(texts)]).float()
-        weights = baseline_weights("logit" if setting.baseline in WEIGHTED else "none", model, rollout)
-        learning = {"update": True} if setting.baseline == "snr-optim" else {}
-        advantages: Tensor = baseline.advantages(reward, weights, groups=GROUP, **learning)
-        size = PROMPTS // MICRO_BATCHES * GROUP
-        for start in range(0, len(reward), size):
-            micro = {name: tensor[start : start + size] for name, tensor in rollout.items()}
-            log_probs = sequence_log_probs(model, micro)
-            (-(advantages[start : start + size] * log_probs).sum() / len(reward)).backward()
+    learning = {"update": True} if setting.baseline == "snr-optim" else {}
+
+    def step() -> None:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        rewards.append(reward.mean().item())
-    return rewards
+
+    def advantages(rewards: Tensor, rollout: Rollout) -> Tensor:
+        weights = baseline_weights("logit" if setting.baseline in WEIGHTED else "none", model, rollout)
+        found: Tensor = baseline.advantages(rewards, weights, groups=GROUP, **learning)
+        return found
+
+    return train_on_demo_task(model, tokenizer, setting.seed, setting.steps, advantages, step)
 
 
 def run(job: tuple[Setting, Path]) -> dict[str, Any]:

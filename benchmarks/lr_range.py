@@ -23,6 +23,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -31,7 +32,7 @@ from snr_optim import AccumulationSource, GradientMoments, GradWeightedBaseline,
 
 sys.path.insert(0, str(ROOT / "examples"))
 from arithmetic import is_correct, problems
-from policy import sample, sequence_log_probs, tiny_qwen3, warm_start
+from policy import Rollout, sample, sequence_log_probs, tiny_qwen3, warm_start
 
 PROMPTS, GROUP, MICRO_BATCHES, WARM_UP, LAST = 32, 8, 8, 20, 20
 CEILINGS = {
@@ -97,24 +98,39 @@ def train(setting: Setting, weights: Path) -> list[float]:
         optimizer, inner
     )
     baseline = GradWeightedBaseline("group")  # without weights: RLOO
-    torch.manual_seed(setting.seed)
-    rewards = []
-    for step in range(setting.steps):
-        batch = problems(PROMPTS, setting.seed, step)
-        rollout, texts = sample(model, tokenizer, batch, GROUP, max_new_tokens=7)
-        reward = torch.tensor([is_correct(text, batch[i // GROUP]) for i, text in enumerate(texts)]).float()
-        advantages = baseline.advantages(reward, None, groups=GROUP)
-        size = PROMPTS // MICRO_BATCHES * GROUP
-        for start in range(0, len(reward), size):
-            micro = {name: tensor[start : start + size] for name, tensor in rollout.items()}
-            log_probs = sequence_log_probs(model, micro)
-            (-(advantages[start : start + size] * log_probs).sum() / len(reward)).backward()
+
+    def step() -> None:
         moments = source.moments()
         if scheduler is not inner:
             scheduler.observe(moments)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+
+    def advantages(rewards: Tensor, rollout: Rollout) -> Tensor:
+        return baseline.advantages(rewards, None, groups=GROUP)
+
+    return train_on_demo_task(model, tokenizer, setting.seed, setting.steps, advantages, step)
+
+
+def train_on_demo_task(
+    model: Any, tokenizer: Any, seed: int, steps: int,
+    advantages_of: Callable[[Tensor, Rollout], Tensor], step: Callable[[], None],
+) -> list[float]:  # fmt: skip
+    """The demo's loop: sample, verify, go backward in micro-batches, ``step()``. The mean reward of every step."""
+    torch.manual_seed(seed)
+    rewards = []
+    for number in range(steps):
+        batch = problems(PROMPTS, seed, number)
+        rollout, texts = sample(model, tokenizer, batch, GROUP, max_new_tokens=7)
+        reward = torch.tensor([is_correct(text, batch[i // GROUP]) for i, text in enumerate(texts)]).float()
+        advantages = advantages_of(reward, rollout)
+        size = PROMPTS // MICRO_BATCHES * GROUP
+        for start in range(0, len(reward), size):
+            micro = {name: tensor[start : start + size] for name, tensor in rollout.items()}
+            log_probs = sequence_log_probs(model, micro)
+            (-(advantages[start : start + size] * log_probs).sum() / len(reward)).backward()
+        step()
         rewards.append(reward.mean().item())
     return rewards
 
