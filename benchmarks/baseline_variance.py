@@ -1,7 +1,7 @@
 """How much gradient variance does each baseline leave? Against the oracle, on policies at several stages of training.
 
     python -m benchmarks.baseline_variance                       # builds the policies first: an hour on two cores
-    python -m benchmarks.baseline_variance --tasks addition --stages 0 1 --groups 8 --prompts 64
+    python -m benchmarks.baseline_variance --tasks addition --stages 90 150 --groups 8 --prompts 64
 
 Groups of outputs are drawn again and again from each policy of `benchmarks.policy_stages`; every baseline sees the same
 draws. The figure is the trace of the covariance of the batch gradient over the draws, all parameters, exact gradients,
@@ -82,7 +82,7 @@ class Study:
         self.head = padded([o.head_weights for o in outputs])
         self.exact = squared_norms(self.nodes, self.gram)
         wr, w = ((self.probability * self.exact * x).sum(1) for x in (self.rewards, 1.0))
-        self.oracle = wr / w
+        self.oracle = torch.where(w > 0, wr / w, 0)  # a prompt with one output has no gradient
         self.prompts, self.hidden = stage.prompts[chosen], stage.hidden[chosen].to(FLOAT64)
         self.kinds = one_hot(stage.kinds[chosen], stage.task)
         self.gradient = self.coefficients(
@@ -119,7 +119,7 @@ def squared_norms(nodes: Tensor, gram: Tensor) -> Tensor:
     """Of the gradients of whole outputs: all pairs of their tokens, ``[..., T] -> [...]``."""
     kept = nodes >= 0
     pairs = gram[nodes.clamp_min(0)[..., :, None], nodes.clamp_min(0)[..., None, :]].to(FLOAT64)
-    return (pairs * kept[..., :, None] * kept[..., None, :]).sum((-2, -1))
+    return (pairs * kept[..., :, None] * kept[..., None, :]).sum((-2, -1)).clamp_min(0)
 
 
 def one_hot(kinds: Tensor, task: str) -> Tensor:
@@ -377,7 +377,7 @@ def draw_picture(rows: list[dict[str, Any]], path: Path, group: int, prompts: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--stages", type=int, nargs="+", help="numbers, from 0")
+    parser.add_argument("--stages", type=int, nargs="+", help="by their supervised steps")
     parser.add_argument("--prompts", type=int, nargs="+", default=[8, 64, 128], choices=RESAMPLES)
     parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--resamples", type=float, default=1.0, help="times as many draws as the study's")

@@ -1,7 +1,7 @@
 """Small Qwen3s at several stages of training: exact gradients of what they sample, and the batches that led there.
 
     python -m benchmarks.policy_stages                   # both tasks, all stages: half an hour on two cores
-    python -m benchmarks.policy_stages --tasks addition --stages 0
+    python -m benchmarks.policy_stages --tasks addition --stages 90
 
 A stage is a policy after supervised steps on worked examples, then reinforcement learning that sharpens it, then RL
 steps that are recorded: what a baseline could have learned by then. Two of those visited the prompts of the study. The
@@ -36,10 +36,11 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "addition": (("+", 2, 1),),
     "mixed": (("+", 1, 1), ("+", 2, 1), ("+", 2, 2), ("*", 1, 1), ("chain", 3), ("chain", 4)),
 }
-SUPERVISED = {  # steps before RL, of each stage; its place in the list is its seed
-    "addition": (90, 150, 230, 1500, 60),
-    "mixed": (160, 500, 1000, 4000),
+STAGES = {  # supervised steps before RL, and the seed of what follows
+    "addition": {60: 4, 90: 0, 150: 1, 230: 2, 400: 5, 1500: 3},
+    "mixed": {160: 0, 500: 1, 1000: 2, 2000: 4, 4000: 3},
 }
+CONVERGED = (1500, 4000)  # pass rates of 0.99 and more: part of the study only where they are asked for
 SUPERVISED_LR = {"addition": 1e-3, "mixed": 1.5e-3}
 SHARPENING, RECORDED = 60, 20  # RL steps
 PROMPTS, GROUP = 128, 16  # of a recorded batch; the study takes parts of it
@@ -160,8 +161,7 @@ def reinforce(model: Any, optimizer: Any, rollout: Rollout, rewards: Tensor, gro
 
 def build(job: tuple[str, int, Path]) -> Path:
     """Train up to one stage, record, sample and differentiate; written to the folder."""
-    task, index, folder = job
-    steps = SUPERVISED[task][index]
+    task, steps, folder = job
     path = folder / f"{task}-{steps}.pt"
     if path.exists():
         return path
@@ -172,7 +172,7 @@ def build(job: tuple[str, int, Path]) -> Path:
             group["lr"] = SUPERVISED_LR[task] * min(1.0, (1 + step) / 50)
         supervised_step(model, tokenizer, optimizer, task, step)
 
-    torch.manual_seed(index)
+    torch.manual_seed(STAGES[task][steps])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.0)
     for step in range(SHARPENING):
         batch, _ = problems(task, 64, f"sharpening {step}")
@@ -291,7 +291,10 @@ def inner_products(gradients: list[Tensor]) -> Tensor:
 def build_all(folder: Path, tasks: list[str], stages: list[int] | None = None, jobs: int = 2) -> list[Path]:
     """Files of the stages, built where they are not there yet."""
     wanted = [
-        (task, i, folder) for task in tasks for i in range(len(SUPERVISED[task])) if stages is None or i in stages
+        (task, steps, folder)
+        for task in tasks
+        for steps in STAGES[task]
+        if (steps not in CONVERGED if stages is None else steps in stages)
     ]
     context = multiprocessing.get_context("spawn")
     paths = []
@@ -340,7 +343,7 @@ def siblings(outputs: list[Outputs], num_nodes: int) -> tuple[Tensor, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--stages", type=int, nargs="+", help="numbers, from 0")
+    parser.add_argument("--stages", type=int, nargs="+", help="by their supervised steps")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/policy_stages"))
     args = parser.parse_args()
