@@ -9,7 +9,9 @@ prompts held fixed (what differs between prompts is noise that no baseline can t
 unbiased the gradient is scaled first so that its mean has the right length along the true gradient.
 
 Ours learn from the 20 recorded batches that led to the policy, cut to as many prompts and outputs as the cell has, and
-nothing is learned from the draws.
+nothing is learned from the draws. "+ prompts" learns all prompts of the study at the two visits. The weights of those
+batches are of the real policy, which has more outputs than the study's; logit and head weights are the real policy's
+throughout.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -195,7 +198,7 @@ UNKNOWN_SCALES = ("GRPO", "OPO", "OTB")
 
 
 def this_batch(weights: Callable[[Draw], Tensor | None]) -> Method:
-    """Ours without a past: shrunk by 16 outputs towards the other prompts."""
+    """Ours without a past: shrunk by 64 outputs towards the other prompts."""
     return lambda d: GradWeightedBaseline().advantages(d.rewards, weights(d), d.group)
 
 
@@ -242,12 +245,15 @@ ORACLE: dict[str, Method] = {"oracle": lambda d: d.rewards - d.oracle}
 
 
 # ---------------------------------------------------------------------------------------------------------- the figures
-def mean_lengths(study: Study, group: int, draws: int = 200) -> dict[str, float]:
-    """Of biased methods: ``<E g, grad J> / ||grad J||^2``, from their difference to the oracle, whose length is 1."""
+def mean_lengths(study: Study, group: int, draws: int = 200) -> dict[str, tuple[float, float]]:
+    """Of biased methods: ``<E g, grad J> / ||grad J||^2`` and its standard error.
+
+    From the difference to the oracle in the same draws, whose length is 1.
+    """
     along = (study.gradient.to(study.gram.dtype) @ study.gram).to(FLOAT64)
     unit = float(along @ study.gradient)
     generator = torch.Generator().manual_seed(2)
-    totals = dict.fromkeys(UNKNOWN_SCALES, 0.0)
+    lengths: dict[str, list[float]] = {name: [] for name in UNKNOWN_SCALES}
     for _ in range(draws):
         d = study.draw(group, generator)
         projected = along[d.nodes.clamp_min(0)] * d.mask
@@ -255,12 +261,12 @@ def mean_lengths(study: Study, group: int, draws: int = 200) -> dict[str, float]
         for name in UNKNOWN_SCALES:
             advantages = PEERS[name](d)
             projections = (advantages if advantages.dim() > 1 else advantages[:, None]) * projected
-            totals[name] += float((projections.sum(1) - oracle).mean()) / draws
-    return {name: 1 + difference / unit for name, difference in totals.items()}
+            lengths[name].append(1 + float((projections.sum(1) - oracle).mean()) / unit)
+    return {name: (mean(values), stdev(values) / draws**0.5) for name, values in lengths.items()}
 
 
 def measure(
-    stage: Stage, prompts: int, group: int, studies: list[Study], resamples: int, scales: dict[str, float]
+    stage: Stage, prompts: int, group: int, studies: list[Study], resamples: int, scales: dict[str, tuple[float, float]]
 ) -> list[dict[str, Any]]:
     """The variance left by every method in one cell of the table, with a bootstrap over the draws."""
     methods = PEERS | WEIGHTS | ours(stage, prompts, group) | ORACLE
@@ -278,8 +284,8 @@ def measure(
         centred = gradients - gradients.mean(1, keepdim=True)
         squares.append(torch.stack([study.inner(of_method, of_method) for of_method in centred]))
     names = list(methods)
-    known = {name: formula(prompts * group, group) for name, formula in KNOWN_SCALES.items()} | scales
-    scale = torch.tensor([known.get(name, 1.0) for name in names], dtype=FLOAT64)
+    known = {name: (formula(prompts * group, group), 0.0) for name, formula in KNOWN_SCALES.items()} | scales
+    scale = torch.tensor([known.get(name, (1.0, 0.0))[0] for name in names], dtype=FLOAT64)
     spread = torch.cat(squares, dim=1) * resamples / (resamples - 1) / scale[:, None] ** 2  # [methods, draws]
     reference = spread[names.index("oracle")]
     rng = np.random.default_rng(0)
@@ -291,6 +297,7 @@ def measure(
             "task": stage.task, "pass_rate": stage.pass_rate, "prompts": prompts, "group": group, "method": name,
             "variance": float(spread[k].mean()), "to_oracle": float(spread[k].mean() / reference.mean()),
             "low": float(low[k]), "high": float(high[k]), "scale": float(scale[k]),
+            "scale_error": known.get(name, (1.0, 0.0))[1],
         }
         for k, name in enumerate(names)
     ]  # fmt: skip

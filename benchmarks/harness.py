@@ -209,10 +209,10 @@ def write_json(
     if limits is not None:
         head["limits"] = {"copy_bytes_per_second": limits.bandwidth, "matmul_flop_per_second": limits.matmul}
     head |= {name: table for name, table in tables.items() if not isinstance(table, list)}
-    text = json.dumps(head, indent=1)[:-2]
+    text = json.dumps(head, indent=1, allow_nan=False)[:-2]
     for name, table in tables.items():
         if isinstance(table, list):
-            text += f',\n "{name}": [\n  ' + ",\n  ".join(map(json.dumps, table)) + "\n ]"
+            text += f',\n "{name}": [\n  ' + ",\n  ".join(json.dumps(row, allow_nan=False) for row in table) + "\n ]"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n}\n")
 

@@ -5,7 +5,7 @@
 
 Two schedules: constant, and S / (S + V) under a ceiling by ``SNRAdaptiveLR`` with its defaults; AdamW and 20 steps of
 warm-up in both. The learning rate of each pair of baseline and schedule is the best of a grid on seeds of its own; the
-curves are of other seeds. All runs see the same problems.
+curves are of other seeds. All runs see the same problems. "paper" and "snr-optim" have logit gradient norms as weights.
 """
 
 from __future__ import annotations
@@ -89,11 +89,12 @@ def run(job: tuple[Setting, Path]) -> dict[str, Any]:
     return asdict(setting) | {"final": mean(rewards[-LAST:]), "mean": mean(rewards), "rewards": rewards}
 
 
-def best_lr(rows: list[dict[str, Any]], baseline: str, schedule: str) -> float:
-    """Highest mean reward over all steps, the area under the curve, on the tuning seeds."""
+def best_lr(rows: list[dict[str, Any]], baseline: str, schedule: str, steps: int) -> float:
+    """Of the grid, on the tuning seeds: the highest mean reward over all steps, the area under the curve."""
     areas: dict[float, list[float]] = {}
     for row in rows:
-        if (row["baseline"], row["schedule"]) == (baseline, schedule) and row["seed"] in TUNING_SEEDS:
+        wanted = (row["baseline"], row["schedule"], row["steps"]) == (baseline, schedule, steps)
+        if wanted and row["seed"] in TUNING_SEEDS and row["lr"] in LRS[schedule]:
             areas.setdefault(row["lr"], []).append(row["mean"])
     return max(areas, key=lambda lr: mean(areas[lr]))
 
@@ -188,7 +189,7 @@ def main() -> None:
                 report(f"{row['baseline']} {row['schedule']} {row['lr']:g} seed {row['seed']}: {row['final']:.3f}")
 
     do([Setting(b, s, lr, seed, args.steps) for seed in TUNING_SEEDS for b, s in pairs for lr in LRS[s]])
-    chosen = {(b, s): best_lr(rows, b, s) for b, s in pairs}
+    chosen = {(b, s): best_lr(rows, b, s, args.steps) for b, s in pairs}
     do([Setting(b, s, lr, seed, args.steps) for seed in args.seeds for (b, s), lr in chosen.items()])
     result = summary(rows, chosen, args.seeds)
     for row in rows:

@@ -6,6 +6,7 @@ weights are heavy-tailed, and ``total - own`` cancels exactly where it matters.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 MANY = 64  # columns from which on adding row to row beats a cumulative sum
+FEW = 32  # rows up to which it does so on an accelerator
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Groups:
             in_order = (index.diff() >= 0).all().to(sizes.dtype)
             largest, smallest, sorted_ = torch.stack([sizes.max(), sizes.min(), in_order]).tolist()
             return cls(index, order, sizes, largest, largest if sorted_ and largest == smallest else None)
-        if isinstance(groups, int) and not isinstance(groups, bool):
+        if not isinstance(groups, bool) and hasattr(groups, "__index__"):
+            groups = operator.index(groups)
             if groups < 1 or batch % groups:
                 raise ValueError(f"groups: expected a positive size that divides the batch of {batch}, got {groups}")
             order = torch.arange(batch, device=device)
@@ -177,7 +180,8 @@ def sum_of_others(values: Tensor) -> Tensor:
 
 def _sum_of_others(values: Tensor) -> Tensor:
     """Along the second dimension of ``[P, G, ...]``."""
-    if values.shape[1] < 2 or values[:1, :1].numel() < MANY:
+    row_by_row = values.device.type == "cpu" or values.shape[1] <= FEW  # a row is a kernel to launch
+    if values.shape[1] < 2 or values[:1, :1].numel() < MANY or not row_by_row:
         others = torch.zeros_like(values)
         others[:, 1:] = values[:, :-1].cumsum(1)
         others[:, :-1] += values[:, 1:].flip(1).cumsum(1).flip(1)

@@ -324,8 +324,9 @@ def baseline():
     ours = GradWeightedBaseline("batch", process_group=dist.group.WORLD)
     expected = GradWeightedBaseline("batch")(everywhere, groups=4)[8 * rank : 8 * rank + 8]
     assert torch.allclose(ours(tokens, groups=4), expected)
-    some = slice(0, 8 if rank else 0)
-    assert ours(tokens[some], groups=torch.zeros(8, dtype=torch.long)[some]).shape == tokens[some].shape
+    some, ids = slice(0, 8 if rank else 0), torch.arange(8) // 4 + 2 * rank
+    expected = GradWeightedBaseline("batch")(everywhere[8:], groups=4)[8 * max(rank - 1, 0) :][some]
+    assert torch.allclose(ours(tokens[some], groups=ids[some]), expected)
 
 
 def baseline_refused():

@@ -13,6 +13,7 @@ class SlowBaseline:
 
     def __init__(self, kappa, decay):
         self.auto, self.kappas = kappa == "auto", KAPPAS if kappa == "auto" else (kappa,)
+        self.alone = kappa == 0.0  # scope "group": there is no pool
         self.decay = decay
         self.batches = []  # all that were learned
         self.losses, self.gains, self.squares = {}, {}, {}
@@ -43,6 +44,8 @@ class SlowBaseline:
             old = self.memory[me["prompt"]]
             wr, w = wr + recall * old[0] * mean_weight, w + recall * old[1] * mean_weight
             r, u = r + recall * old[2], u + recall * old[3]
+        if n and u == 0 and not self.alone:
+            return mean(*sums(pool))  # with nothing of its own to go by the pool decides, whatever kappa
         if n:
             prior = mean(*sums(pool))
             plain = math.fsum(c * o["reward"] for c, o in pool) / n

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from bandit import SoftmaxBandit
+from bandit import SoftmaxBandit, forced
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_baseline import SlowBaseline
+from slow_baseline import RECALL, SlowBaseline
 
 from snr_optim import GradWeightedBaseline
 
@@ -74,9 +75,22 @@ def test_equals_the_slow_twin_over_several_batches(rows, kappa, prompts):
         assert slow.score(choice) == pytest.approx(best, rel=1e-6, abs=1e-9 * (1 + sum(slow.losses.values())))
         # Weighted means of numbers up to 10, summed in float64 with weights up to 1e12 apart.
         assert torch.allclose(b, torch.tensor(slow(batch, choice), dtype=torch.float64), rtol=1e-9, atol=1e-10)
+        for k, m in itertools.product(range(len(slow.kappas)), range(3)) if scope == "shrink" else ():
+            b = forced(fast, k, m)(rewards, weights, **given)
+            expected = slow(batch, (slow.kappas[k], RECALL[m]))
+            assert torch.allclose(b, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-10)
         if scope != "group":
             fast.update(rewards, weights, **given)
             slow.update(batch)
+            for k, m in itertools.product(range(len(slow.kappas)), range(3)) if slow.losses else ():
+                loss = float(fast.get_extra_state()["evidence.losses"][k, m])
+                assert loss == pytest.approx(slow.losses[slow.kappas[k], RECALL[m]], rel=1e-9, abs=1e-9)
+        if prompts and scope == "shrink":
+            state = fast.get_extra_state()
+            remembered = dict(zip(state["memory.ids"].tolist(), state["memory.sums"].tolist(), strict=True))
+            assert remembered.keys() == slow.memory.keys()
+            for prompt, sums in slow.memory.items():
+                assert remembered[prompt] == pytest.approx(list(sums), rel=1e-9, abs=1e-9)
 
 
 def test_a_dominating_weight_does_not_cancel_the_others():
@@ -120,6 +134,39 @@ def test_unscored_rewards_count_nowhere():
     assert torch.equal(advantages, torch.tensor([without[0], 0.0, without[1], without[2]]))
 
 
+def test_with_no_other_output_the_pool_decides_whatever_kappa():
+    baseline = GradWeightedBaseline()
+    baseline.update(torch.tensor([1.0, 0.0, 1.0, 1.0]), prompts=torch.tensor([1, 1, 2, 2]))
+    for k in range(7):
+        chosen = forced(baseline, k, 0)
+        assert chosen(torch.tensor([9.0]), groups=1).item() == 0.75
+        assert chosen.predict(torch.tensor([77])).tolist() == [0.75]
+        assert chosen(torch.tensor([9.0, math.nan]), groups=2)[0].item() == 0.75
+
+
+def test_ratios_are_squared_into_the_weights():
+    rewards, weights, ratios = torch.rand(3, 12)
+    baseline = GradWeightedBaseline(kappa=2.0)
+    expected = baseline(rewards, weights * ratios**2, groups=3)
+    assert torch.allclose(baseline(rewards, weights, groups=3, ratios=ratios), expected, rtol=1e-6)
+
+
+def test_parts_of_a_batch_are_worked_on_like_the_whole(monkeypatch):
+    rewards, weights = torch.rand(40).round(), torch.rand(40)
+    ids = torch.arange(10).repeat_interleave(4)
+    whole, in_parts = GradWeightedBaseline(), GradWeightedBaseline()
+    for block in (1 << 19, 12):
+        monkeypatch.setattr("snr_optim.baseline.candidates.BLOCK", block)
+        baseline = whole if block > 12 else in_parts
+        for _ in range(2):
+            advantages = baseline.advantages(rewards, weights, prompts=ids, update=True)
+        if baseline is whole:
+            expected = advantages
+    assert torch.allclose(advantages, expected, rtol=1e-6)
+    for name, value in whole.get_extra_state().items():
+        assert torch.allclose(in_parts.get_extra_state()[name], value, rtol=1e-12), name
+
+
 def test_empty_batch_and_dtypes():
     assert GradWeightedBaseline("batch")(torch.empty(0), groups=4).shape == (0,)
     assert GradWeightedBaseline()(torch.tensor([1, 0]), groups=2).dtype == torch.float32
@@ -143,6 +190,8 @@ def test_empty_batch_and_dtypes():
         (dict(rewards=torch.full((4,), -math.inf), groups=2), ValueError, "rewards"),
         (dict(rewards=torch.tensor(1.0), groups=1), TypeError, "rewards"),
         (dict(rewards=[1.0, 0.0], groups=2), TypeError, "rewards"),
+        (dict(rewards=torch.ones(4, 0), groups=2), ValueError, "rewards"),
+        (dict(rewards=torch.ones(4, 1, 1), groups=2), TypeError, "rewards"),
     ],
 )
 def test_bad_input_is_named(arguments, error, names):
@@ -154,12 +203,17 @@ def test_bad_input_is_named(arguments, error, names):
     "kwargs",
     [
         {"scope": "prompt"}, {"kappa": 0.0}, {"kappa": math.inf}, {"kappa": math.nan}, {"kappa": "best"},
-        {"decay": 1.0}, {"decay": -0.1}, {"decay": "slow"},
+        {"decay": 1.0}, {"decay": -0.1}, {"decay": "slow"}, {"kappa": True},
     ],
 )  # fmt: skip
 def test_bad_settings_are_named(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         GradWeightedBaseline(**kwargs)
+
+
+def test_a_kappa_in_the_place_of_leave_one_out_is_refused():
+    with pytest.raises(TypeError, match="leave_one_out"):
+        GradWeightedBaseline("shrink", 16.0)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +226,9 @@ def test_bad_settings_are_named(kwargs):
         ("group", dict(prompts=torch.tensor([0, 0, 1, 1])), ValueError, "prompts"),
         ("shrink", dict(ratios=torch.full((4,), math.inf), groups=2), ValueError, "ratios"),
         ("shrink", dict(ratios=torch.ones(3), groups=2), ValueError, "ratios"),
+        ("shrink", dict(ratios=torch.tensor([1.0, -0.1, 1.0, 1.0]), groups=2), ValueError, "ratios"),
+        ("shrink", dict(prompts=[0, 0, 1, 1]), TypeError, "prompts"),
+        ("shrink", dict(prompts=torch.ones(4, dtype=torch.bool), groups=2), TypeError, "prompts"),
         ("shrink", dict(weights=torch.ones(4, dtype=torch.complex64), groups=2), TypeError, "weights"),
     ],
 )
@@ -304,8 +361,19 @@ def test_state_is_restored_bit_for_bit(tmp_path):
         both = [b.advantages(rewards, weights, prompts=ids, update=True) for b in (baseline, resumed)]
         assert torch.equal(*both)
     assert baseline.metrics() == resumed.metrics()
-    with pytest.raises(ValueError, match="state_dict"):
-        GradWeightedBaseline("batch").load_state_dict(baseline.state_dict())
+    for other in (GradWeightedBaseline("batch"), GradWeightedBaseline(kappa=2.0)):
+        with pytest.raises(ValueError, match="state_dict"):
+            other.load_state_dict(baseline.state_dict())
+    good = baseline.get_extra_state()
+    for name, bad in (
+        ("pool.sums", torch.zeros(3, dtype=torch.float64)),
+        ("memory.ids", torch.tensor([8, 3])),
+        ("memory.sums", "none"),
+        ("evidence.gains", torch.zeros(1, 1, dtype=torch.float64)),
+    ):
+        with pytest.raises(ValueError, match="state_dict"):
+            resumed.set_extra_state(good | {name: bad})
+    assert baseline.metrics() == resumed.metrics()
 
 
 def test_casting_the_module_leaves_its_memory_exact():
@@ -334,10 +402,13 @@ def test_hostile_batches_leave_no_trace():
         with pytest.raises(ValueError, match="weights"):
             baseline.advantages(rewards, bad, groups=4, update=True)
     assert all(torch.equal(value, state[name]) for name, value in baseline.get_extra_state().items())
-    baseline.update(
-        1e50 * rewards.double(), 1e250 * weights.double(), groups=4
-    )  # squares overflow, and are not taken as evidence
+    tiny = torch.full_like(weights, 1e-310, dtype=torch.float64)
+    baseline.update(rewards, tiny, prompts=torch.arange(8) // 4)
+    for power in (153.0, 153.5, 154.0):  # squares of the evidence overflow, and are not taken
+        baseline.update(rewards, 10**power * weights.double(), groups=4)
+    baseline.update(1e50 * rewards.double(), 1e250 * weights.double(), groups=4)
     baseline.update(torch.full_like(rewards, math.nan), weights, groups=4)
     baseline.update(rewards, torch.zeros_like(weights), groups=4)
     baseline.update(rewards[:0], weights[:0], groups=4)
-    assert all(value.isfinite().all() for value in baseline.get_extra_state().values())
+    state = baseline.get_extra_state()
+    assert all(value.isfinite().all() for name, value in state.items() if name != "evidence.kappas")

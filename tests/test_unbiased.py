@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bandit import SoftmaxBandit, TwoTokenLM, every_batch, expected_gradient
+from bandit import SoftmaxBandit, TwoTokenLM, every_batch, expected_gradient, forced
 
 from snr_optim import GradWeightedBaseline
 from snr_optim.baseline.past import Evidence, Pool
@@ -43,7 +43,7 @@ CASES = {
     "shrink, past": (lambda: past(GradWeightedBaseline(kappa=2.0)), {}),
     "auto": (lambda: GradWeightedBaseline(), {}),
     "auto, past": (lambda: past(GradWeightedBaseline()), {}),
-    "prompts": (lambda: past(GradWeightedBaseline(), prompts=PROMPTS), {"prompts": PROMPTS}),
+    "prompts": (lambda: forced(past(GradWeightedBaseline(), prompts=PROMPTS), 2, 2), {"prompts": PROMPTS}),
 }
 
 
@@ -55,6 +55,15 @@ def test_every_baseline_keeps_the_gradient_of_a_bandit(case, weighted):
     gradient = expected_gradient(
         BANDITS, 3, lambda r, w: baseline.advantages(r, w if weighted else None, groups=3, **extra)
     )  # all 729 batches
+    assert (gradient - TRUE_GRADIENT).abs().max() < EXACT
+
+
+@pytest.mark.parametrize(("k", "m"), [(0, 0), (0, 2), (2, 1), (6, 0), (1, 2)])
+def test_so_does_every_candidate_with_memories(k, m):
+    """kappa 0 to inf, with none, some or all of what the prompts did before."""
+    baseline = forced(past(GradWeightedBaseline(), prompts=PROMPTS), k, m)
+    assert baseline.metrics()["kappa"] == (0.0, 1.0, 4.0, 16.0, 64.0, 256.0, float("inf"))[k]
+    gradient = expected_gradient(BANDITS, 3, lambda r, w: baseline.advantages(r, w, prompts=PROMPTS))
     assert (gradient - TRUE_GRADIENT).abs().max() < EXACT
 
 

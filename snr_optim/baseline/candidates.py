@@ -40,13 +40,10 @@ def totals_of(batch: Batch) -> Sums:
 
 
 def pooled(totals: Sums, past: Sums, leave_one_out: bool) -> Sums:
-    """The average output of the other prompts and of the past, for each prompt.
-
-    As in :func:`sums_of_others`, only what stands in for missing weights is a difference.
-    """
+    """The average output of the other prompts and of the past, for each prompt."""
     everyone = totals.map(lambda total: total.sum(0))
     if leave_one_out:
-        others = Sums(sum_of_others(totals.wr), sum_of_others(totals.w), everyone.r - totals.r, everyone.n - totals.n)
+        others = Sums(sum_of_others(totals.wr), sum_of_others(totals.w), sum_of_others(totals.r), everyone.n - totals.n)
     else:
         others = everyone.map(lambda total: total.expand_as(totals.r))
     return (others + past).per_output()
@@ -88,8 +85,10 @@ def losses(batch: Batch, view: View, leave_one_out: bool, shrinkages: Tensor, sh
 
 def blocks(batch: Batch) -> Iterator[tuple[Batch, slice, slice]]:
     """Parts of whole prompts; and their outputs and prompts in the batch."""
-    columns = batch.rewards[:1].numel() or 1
-    for outputs, prompts, groups in batch.groups.blocks(max(1, BLOCK // columns)):
+    most = len(batch.rewards)
+    if batch.rewards.device.type == "cpu":  # on an accelerator, the fewer kernels the better
+        most = max(1, BLOCK // (batch.rewards[:1].numel() or 1))
+    for outputs, prompts, groups in batch.groups.blocks(most):
         yield batch.part(outputs, prompts, groups), outputs, prompts
 
 

@@ -64,14 +64,15 @@ def shrunk_mean(own: Sums, prior: Sums, shrinkage: Tensor) -> Tensor:
         b = \frac{\sum_{own} w_j r_j + \kappa\, \bar w_{prior}\, b_{prior}}
                  {\sum_{own} w_j + \kappa\, \bar w_{prior}}, \qquad \text{shrinkage} = \frac{\kappa}{1 + \kappa}
 
-    In this form, with both sides divided by ``1 + kappa``, ``kappa = inf`` is a number like others.
+    In this form, with both sides divided by ``1 + kappa``, ``kappa = inf`` is a number like others. Where there are no
+    outputs at hand the prior decides, for ``kappa = 0`` too.
 
     Args:
         own: over the outputs at hand.
         prior: of one pseudo-output; zeros where there is no prior, and then no shrinkage.
         shrinkage: in [0, 1], a scalar.
     """
-    shrinkage = torch.where(prior.n > 0, shrinkage, 0)
+    shrinkage = torch.where(prior.n > 0, torch.where(own.n > 0, shrinkage, 1), 0)
     return _mean(
         torch.lerp(own.wr, prior.wr, shrinkage),
         torch.lerp(own.w, prior.w, shrinkage),
@@ -103,9 +104,8 @@ def sums_of_groups(rewards: Tensor, weights: Tensor, scored: Tensor | None, grou
 def sums_of_others(rewards: Tensor, weights: Tensor, scored: Tensor | None, groups: Groups, totals: Sums) -> Sums:
     """The sums over the *other* outputs of each group; all shapes as :meth:`Groups.fold` and ``spread`` give them.
 
-    Weights are heavy-tailed, so what is left beside a large one is added up, not what remains of a difference. Rewards
-    and counts only stand in where there are no weights, and are taken off the ``totals`` of the groups.
+    What is left beside a large number is added up, not what remains of a difference; counts are exact either way, and
+    taken off the ``totals`` of the groups.
     """
-    others_wr, others_w = groups.sum_of_others(weights * rewards), groups.sum_of_others(weights)
-    itself = 1.0 if scored is None else groups.fold(scored)
-    return Sums(groups.fold(others_wr), groups.fold(others_w), totals.r - groups.fold(rewards), totals.n - itself)
+    wr, w, r = (groups.fold(groups.sum_of_others(values)) for values in (weights * rewards, weights, rewards))
+    return Sums(wr, w, r, totals.n - (1.0 if scored is None else groups.fold(scored)))

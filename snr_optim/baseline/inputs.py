@@ -11,7 +11,7 @@ from torch import Tensor
 from snr_optim.groups import Groups
 
 # So that sums of w r stay finite: (rewards, weights), by the precision that is worked in.
-LARGEST = {torch.float64: (1e50, 1e250), torch.float32: (1e10, 1e25)}
+LARGEST = {torch.float64: (1e50, 1e250), torch.float32: (1e10, 1e22)}
 EXACT_UP_TO = 1 << 18  # numbers of [B, T] that are worked on in float64 whatever their own precision
 
 
@@ -26,6 +26,7 @@ class Batch:
         groups: the partition into prompts.
         prompts: ``[P]`` ids that last over batches, or None.
         groups_given: ``[B]`` the ids that ``groups`` was made of, None where it was a size.
+        float64_given: whether rewards came in float64.
     """
 
     rewards: Tensor
@@ -34,6 +35,7 @@ class Batch:
     groups: Groups
     prompts: Tensor | None
     groups_given: Tensor | None = None
+    float64_given: bool = False
 
     def part(self, sequences: slice, prompts: slice, groups: Groups) -> Batch:
         """Some of its outputs."""
@@ -48,13 +50,19 @@ def check(rewards: Any, weights: Any, groups: Any, ratios: Any = None, prompts: 
     """The batch, or the error that names the argument."""
     if not isinstance(rewards, Tensor) or rewards.dim() not in (1, 2) or rewards.is_complex():
         raise TypeError(f"rewards: expected a real tensor [B] or [B, T], got {_described(rewards)}")
+    if rewards.dim() == 2 and not rewards.shape[1]:
+        raise ValueError(f"rewards: expected at least one token, got shape {list(rewards.shape)}")
     coarse = rewards.device.type == "mps" or (rewards.dim() > 1 and rewards.numel() > EXACT_UP_TO)
     r = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32) if coarse else torch.float64)
     w = torch.ones_like(r) if weights is None else _like("weights", weights, rewards).to(r)
     if ratios is not None:
-        w = w * _like("ratios", ratios, rewards).to(r).square()
-    if groups is None and prompts is not None:
-        groups = prompts
+        c = _like("ratios", ratios, rewards).to(r)
+        if c.numel() and bool((c < 0).any()):
+            raise ValueError(f"ratios: expected pi / pi_old, not its logarithm; got {c.min().item()}")
+        w = w * c.square()
+    if prompts is not None:
+        prompts = _prompt_ids(prompts, len(r))
+        groups = prompts if groups is None else groups
     if groups is None:
         raise ValueError("groups: expected the size of every prompt's group, or integer ids [B]")
     partition = Groups.of(groups, len(r), r.device)
@@ -65,9 +73,9 @@ def check(rewards: Any, weights: Any, groups: Any, ratios: Any = None, prompts: 
         known = ~r.isnan()
         _expect_within_bounds(r, w, known, "weights" if ratios is None else "weights * ratios**2")
         r, w, scored = torch.where(known, r, 0), torch.where(known, w, 0), known.to(r.dtype)
-    ids = None if prompts is None else of_groups("prompts", _prompt_ids(prompts, len(r)).to(r.device), partition)
+    ids = None if prompts is None else of_groups("prompts", prompts.to(r.device), partition)
     given = groups.to(r.device, torch.int64) if isinstance(groups, Tensor) else None
-    return Batch(r, w, scored, partition, ids, given)
+    return Batch(r, w, scored, partition, ids, given, rewards.dtype == torch.float64)
 
 
 def _like(name: str, value: Any, rewards: Tensor) -> Tensor:
@@ -102,8 +110,9 @@ def _expect_within_bounds(r: Tensor, w: Tensor, known: Tensor, weights: str) -> 
 
 
 def _prompt_ids(prompts: Any, batch: int) -> Tensor:
-    if not isinstance(prompts, Tensor) or prompts.is_floating_point() or prompts.is_complex():
-        raise TypeError(f"prompts: expected integer ids [B], got {_described(prompts)}")
+    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if not isinstance(prompts, Tensor) or prompts.dtype not in integers:
+        raise TypeError(f"prompts: expected a tensor of integer ids [B], got {_described(prompts)}")
     if prompts.shape != (batch,):
         raise ValueError(f"prompts: expected one id per output, shape [{batch}], got {list(prompts.shape)}")
     return prompts.detach().to(torch.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,12 @@ class GradWeightedBaseline(nn.Module):
       ``b``: what :meth:`update` is for.
 
     In every scope ``b_i`` depends on other outputs and on the past, never on output ``i``, so
-    ``(r_i - b_i) grad log pi(o_i)`` keeps its mean. The weights choose the rest of the family:
+    ``(r_i - b_i) grad log pi(o_i)`` keeps its mean *exactly*, as long as the outputs of a batch are independent draws
+    and what is said of each depends on it alone: no row twice (padding), no reward relative to others of the group, no
+    NaN for outputs that were cut off because of what they are, no clipped ratios, no loss divided by the length of an
+    output.
+
+    The weights choose the rest of the family:
 
     ========================================= ==================================================================
     ``weights``, in scope ``"group"``         is
@@ -65,8 +71,10 @@ class GradWeightedBaseline(nn.Module):
         kappa: strength of the shrinkage in pseudo-outputs, or ``"auto"``; used by ``"shrink"`` alone.
         decay: weight of each earlier batch relative to the one after it, in the pool; ``0`` pools the current batch
             alone.
-        process_group: of data-parallel ranks, each of which passes its own part of the batch; groups may be split
-            over ranks if ``groups`` are ids. Left out, the outputs that are passed are all there are.
+        process_group: of data-parallel ranks, each of which passes its own part of the batch. Groups may be split over
+            ranks if ``groups`` are ids, which then have to mean the same prompt on all ranks; a size stays with its
+            rank. Every rank gathers all rewards and weights (``[B, T]``: of all tokens). All ranks have to ask alike.
+            Left out, the outputs that are passed are all there are.
 
     Raises:
         ValueError: an unknown ``scope``; ``kappa`` neither ``"auto"`` nor positive and finite; ``decay`` outside
@@ -93,23 +101,25 @@ class GradWeightedBaseline(nn.Module):
         super().__init__()
         if scope not in SCOPES:
             raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
-        if kappa != "auto" and not (isinstance(kappa, (int, float)) and 0 < kappa < math.inf):
+        if not isinstance(leave_one_out, bool):
+            raise TypeError(f"leave_one_out: expected a bool, got {leave_one_out!r}")
+        if kappa != "auto" and not (_is_number(kappa) and 0 < float(kappa) < math.inf):
             raise ValueError(
                 f"kappa: expected 'auto' or a positive finite number, got {kappa!r}; scope='group' is kappa = 0, "
                 "scope='batch' is kappa = inf"
             )
-        if not isinstance(decay, (int, float)) or not 0 <= decay < 1:
+        if not _is_number(decay) or not 0 <= decay < 1:
             raise ValueError(f"decay: expected a number in [0, 1), got {decay!r}")
         self.scope = scope
         self.leave_one_out = leave_one_out
         self.decay = float(decay)
         self.process_group = process_group
-        self._kappas = {"group": (0.0,), "batch": (math.inf,), "shrink": KAPPAS}[scope]
+        kappas = {"group": (0.0,), "batch": (math.inf,), "shrink": KAPPAS}[scope]
         if scope == "shrink" and kappa != "auto":
-            self._kappas = (float(kappa),)
-        default = self._kappas.index(DEFAULT_KAPPA) if DEFAULT_KAPPA in self._kappas else 0
+            kappas = (float(kappa),)
+        self._auto = len(kappas) > 1
         self._pool = Pool(self.decay)
-        self._evidence = Evidence((len(self._kappas), len(RECALL)), (default, 0))
+        self._evidence = Evidence(kappas, RECALL, (kappas.index(DEFAULT_KAPPA) if self._auto else 0, 0))
         self._memory = PromptMemory()
 
     # ------------------------------------------------------------------------------------------------ for a batch
@@ -199,7 +209,8 @@ class GradWeightedBaseline(nn.Module):
             prompts: ``[P]`` integer ids, of those to predict for.
 
         Returns:
-            ``[P]`` float32 for ``prompts``; else a scalar, or ``[T]`` after rewards-to-go. 0 before the first update.
+            ``[P]`` float32 for ``prompts``, on their device; else a scalar, or ``[T]`` after rewards-to-go, on that of
+            the last batch. 0 before the first update.
 
         Example:
             >>> baseline = GradWeightedBaseline()
@@ -210,8 +221,12 @@ class GradWeightedBaseline(nn.Module):
         self._expect_supported(prompts)
         if prompts is None:
             return Sums.unstack(self._pool.sums).mean().float()
-        unscored = torch.full((len(prompts),), math.nan, dtype=self._pool.sums.dtype, device=self._pool.sums.device)
-        batch = check(unscored, None, 1, prompts=prompts)
+        if not isinstance(prompts, Tensor) or prompts.dim() != 1:
+            raise TypeError("prompts: expected a tensor of integer ids [P]")
+        if self._pool.sums.dim() > 1:
+            raise ValueError("prompts: not remembered by a baseline of rewards-to-go [B, T]")
+        move(self._parts(), prompts.device)
+        batch = check(torch.full((len(prompts),), math.nan, device=prompts.device), None, 1, prompts=prompts)
         return self._chosen(batch, self._look(batch)).float()
 
     def metrics(self) -> dict[str, float]:
@@ -221,10 +236,10 @@ class GradWeightedBaseline(nn.Module):
         that choice relative to ``kappa = 0``'s, NaN where there is no such evidence; ``prompts_remembered``.
         """
         k, m = (int(index) for index in self._evidence.best())
-        losses = self._evidence.losses
-        group = float(losses[0, 0]) if self._kappas[0] == 0 else math.nan
+        losses, kappas = self._evidence.losses, self._evidence.kappas
+        group = float(losses[0, 0]) if kappas[0] == 0 else math.nan
         return {
-            "kappa": self._kappas[k],
+            "kappa": float(kappas[k]),
             "recall": RECALL[m],
             "second_moment": float(losses[k, m]) / group if group else math.nan,
             "prompts_remembered": float(len(self._memory.ids)),
@@ -242,7 +257,7 @@ class GradWeightedBaseline(nn.Module):
             batch, rows = local(), slice(None)
         else:
             batch, rows = gather(local, self.process_group)
-        move(self._parts(), batch.rewards)
+        move(self._parts(), batch.rewards.device)
         return batch, rows
 
     def _expect_supported(self, prompts: Any) -> None:
@@ -263,24 +278,22 @@ class GradWeightedBaseline(nn.Module):
     def _chosen(self, batch: Batch, view: View, subtract: bool = False) -> Tensor:
         """The baselines of the best candidate; with ``subtract`` the advantages."""
         k, m = self._evidence.best()
-        shrinkage, share = self._shrinkages(batch.rewards)[k], batch.rewards.new_tensor(RECALL)[m]
+        shrinkage = self._evidence.shrinkages().take(k).to(batch.rewards)  # no index on the host: nothing to wait for
+        share = self._evidence.recall.take(m).to(batch.rewards)
         return baselines(batch, view, self.leave_one_out, shrinkage, share, subtract=subtract)
 
     def _learn(self, batch: Batch, view: View) -> None:
         if self.scope == "group" or not len(batch.rewards):
             return
-        if len(self._kappas) > 1 or batch.prompts is not None:
-            shares = batch.rewards.new_tensor(RECALL)
-            self._evidence.update(losses(batch, view, self.leave_one_out, self._shrinkages(batch.rewards), shares))
+        if self._auto or batch.prompts is not None:
+            shrinkages, shares = (t.to(batch.rewards) for t in (self._evidence.shrinkages(), self._evidence.recall))
+            self._evidence.update(losses(batch, view, self.leave_one_out, shrinkages, shares))
         self._pool.update(view.totals.map(lambda total: total.sum(0)).stacked())
         if batch.prompts is not None:
             mean_weight = Sums.unstack(self._pool.sums).per_output().w
-            scale = torch.where(mean_weight > 0, 1 / mean_weight, 0)
+            scale = 1 / mean_weight.clamp_min(1e-290 if mean_weight.dtype == torch.float64 else 1e-30)
             seen = view.totals
             self._memory.update(batch.prompts, Sums(seen.wr * scale, seen.w * scale, seen.r, seen.n).stacked())
-
-    def _shrinkages(self, like: Tensor) -> Tensor:
-        return like.new_tensor([1.0 if kappa == math.inf else kappa / (1 + kappa) for kappa in self._kappas])
 
     # --------------------------------------------------------------------------------------------------- the state
     def _parts(self) -> dict[str, Any]:
@@ -295,8 +308,12 @@ class GradWeightedBaseline(nn.Module):
         load_state(self._parts(), state)
 
     def extra_repr(self) -> str:
-        kappa = {1: f", kappa={self._kappas[0]}"}.get(len(self._kappas), ", kappa='auto'")
-        return f"scope={self.scope!r}, leave_one_out={self.leave_one_out}" + kappa * (self.scope == "shrink")
+        kappa = "'auto'" if self._auto else float(self._evidence.kappas[0])
+        return f"scope={self.scope!r}, leave_one_out={self.leave_one_out}, kappa={kappa}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _dtype_of(rewards: Tensor) -> torch.dtype:

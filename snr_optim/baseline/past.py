@@ -17,7 +17,7 @@ class Pool:
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
-        self.sums = torch.zeros(4, dtype=torch.float64)
+        self.sums = torch.zeros(4, dtype=torch.float64, device="cpu")
 
     def like(self, columns: torch.Size) -> Tensor:
         """The sums for the columns of a batch, ``[*columns, 4]``; zeros for those never seen."""
@@ -56,32 +56,36 @@ class Evidence:
     DECAY = 0.99  # per batch
     ERRORS = 2.0
 
-    def __init__(self, shape: Sequence[int], default: Sequence[int]) -> None:
-        self.default = tuple(default)
-        self.losses = torch.zeros(*shape, dtype=torch.float64)
-        self.gains = torch.zeros(*shape, dtype=torch.float64)
-        self.squares = torch.zeros(*shape, dtype=torch.float64)
+    def __init__(self, kappas: Sequence[float], recall: Sequence[float], default: tuple[int, int]) -> None:
+        self.default = default
+        self.kappas = torch.tensor(kappas, dtype=torch.float64, device="cpu")
+        self.recall = torch.tensor(recall, dtype=torch.float64, device="cpu")
+        shape = (len(kappas), len(recall))
+        self.losses = torch.zeros(shape, dtype=torch.float64, device="cpu")
+        self.gains, self.squares = torch.zeros_like(self.losses), torch.zeros_like(self.losses)
 
     def update(self, losses: Tensor) -> None:
         """Fold one batch in: losses ``[..., P]`` of each prompt, size 1 where all candidates are the same."""
         losses = losses.expand(*self.losses.shape, -1)
         gains = losses[self.default] - losses
-        news = losses.sum(-1), gains.sum(-1), gains.square().sum(-1)
-        finite = torch.stack([new.isfinite().all() for new in news]).all()  # w r^2 of absurd size says nothing
-        self.losses, self.gains, self.squares = (
-            torch.where(finite, decay * old + new, old)
-            for old, new, decay in zip(
-                (self.losses, self.gains, self.squares), news, (self.DECAY, self.DECAY, self.DECAY**2), strict=True
-            )
-        )
+        before = torch.stack([self.losses, self.gains, self.squares])
+        decay = before.new_tensor([self.DECAY, self.DECAY, self.DECAY**2]).view(3, *[1] * self.losses.dim())
+        after = decay * before + torch.stack([losses.sum(-1), gains.sum(-1), gains.square().sum(-1)])
+        after = torch.where(after.isfinite().all(), after, before)  # w r^2 of absurd size says nothing
+        self.losses, self.gains, self.squares = after.unbind()
 
-    def best(self) -> tuple[Tensor, ...]:
-        """Its index along each dimension."""
+    def best(self) -> tuple[Tensor, Tensor]:
+        """Its index among the kappas, and among the shares that are recalled."""
         score = self.gains - self.ERRORS * self.squares.sqrt()
         score[self.default] = 0.0
         ahead = torch.where(score > 0, score, 0)
         ahead[self.default] = torch.finfo(score.dtype).tiny
-        return torch.unravel_index(ahead.argmax(), score.shape)
+        k, m = torch.unravel_index(ahead.argmax(), score.shape)
+        return k, m
+
+    def shrinkages(self) -> Tensor:
+        """``kappa / (1 + kappa)`` of all candidates."""
+        return torch.where(self.kappas.isinf(), 1, self.kappas / (1 + self.kappas))
 
 
 class PromptMemory:
@@ -94,8 +98,8 @@ class PromptMemory:
     DECAY = 0.7
 
     def __init__(self) -> None:
-        self.ids = torch.zeros(0, dtype=torch.int64)
-        self.sums = torch.zeros(0, 4, dtype=torch.float64)
+        self.ids = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self.sums = torch.zeros(0, 4, dtype=torch.float64, device="cpu")
 
     def recall(self, ids: Tensor) -> Tensor:
         """``[P] -> [P, 4]``; zeros for a prompt never seen."""
@@ -131,21 +135,35 @@ def state_of(parts: dict[str, Any]) -> dict[str, Tensor]:
 
 def load_state(parts: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Put the tensors back where :func:`state_of` found them."""
-    expected = state_of(parts)
-    if set(state) != set(expected):
-        raise ValueError(f"state_dict: missing or unexpected keys {sorted(set(state) ^ set(expected))}")
-    if state["evidence.losses"].shape != expected["evidence.losses"].shape:
+    own = state_of(parts)
+    if set(state) != set(own):
+        raise ValueError(f"state_dict: missing or unexpected keys {sorted(set(state) ^ set(own))}")
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.is_floating_point() != own[key].is_floating_point():
+            raise ValueError(f"state_dict: {key}: expected a tensor like {own[key].dtype}, got {value!r}")
+    settings = ("evidence.kappas", "evidence.recall")
+    if any(state[key].tolist() != own[key].tolist() for key in settings):
         raise ValueError("state_dict: from a baseline with other settings of scope or kappa")
+    ids, sums, pool = state["memory.ids"], state["memory.sums"], state["pool.sums"]
+    tables = all(
+        state[f"evidence.{name}"].shape == own["evidence.losses"].shape for name in ("losses", "gains", "squares")
+    )
+    if not tables or pool.dim() not in (1, 2) or pool.shape[-1] != 4 or sums.shape != (*ids.shape, 4) or ids.dim() != 1:
+        raise ValueError(
+            f"state_dict: unexpected shapes { ({key: list(value.shape) for key, value in state.items()}) }"
+        )
+    if (ids.diff() <= 0).any():
+        raise ValueError("state_dict: memory.ids: expected increasing ids")
     for key, value in state.items():
         part, name = key.split(".")
         setattr(parts[part], name, value.clone())
 
 
-def move(parts: dict[str, Any], like: Tensor) -> None:
-    """Bring all tensors to the device of ``like``; floats are float64, float32 on mps."""
-    exact = torch.float32 if like.device.type == "mps" else torch.float64
+def move(parts: dict[str, Any], device: torch.device) -> None:
+    """Bring all tensors to a device; floats are float64, float32 on mps."""
+    exact = torch.float32 if device.type == "mps" else torch.float64
     for key, value in state_of(parts).items():
         dtype = exact if value.is_floating_point() else value.dtype
-        if value.device != like.device or value.dtype != dtype:
+        if value.device != device or value.dtype != dtype:
             part, name = key.split(".")
-            setattr(parts[part], name, value.to(like.device, dtype))
+            setattr(parts[part], name, value.to(device, dtype))
