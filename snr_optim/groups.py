@@ -67,14 +67,16 @@ class Groups:
             in_order = (index.diff() >= 0).all().to(sizes.dtype)
             largest, smallest, sorted_ = torch.stack([sizes.max(), sizes.min(), in_order]).tolist()
             return cls(index, order, sizes, largest, largest if sorted_ and largest == smallest else None)
-        if not isinstance(groups, bool) and hasattr(groups, "__index__"):
-            groups = operator.index(groups)
-            if groups < 1 or batch % groups:
-                raise ValueError(f"groups: expected a positive size that divides the batch of {batch}, got {groups}")
-            order = torch.arange(batch, device=device)
-            sizes = torch.full((batch // groups,), groups, device=device)
-            return cls(order // groups, order, sizes, groups if batch else 0, groups if batch else None)
-        raise TypeError(f"groups: expected an int or an integer tensor, got {type(groups).__name__}")
+        try:
+            size = operator.index(None if isinstance(groups, bool) else groups)  # type: ignore[arg-type]  # NumPy's too
+        except TypeError:
+            kind = type(groups).__name__
+            raise TypeError(f"groups: expected an int or a tensor of integer ids, got {kind}") from None
+        if size < 1 or batch % size:
+            raise ValueError(f"groups: expected a positive size that divides the batch of {batch}, got {groups}")
+        order = torch.arange(batch, device=device)
+        sizes = torch.full((batch // size,), size, device=device)
+        return cls(order // size, order, sizes, size if batch else 0, size if batch else None)
 
     # ------------------------------------------------------------------------------------------------ a batch by groups
     def blocks(self, most: int) -> Iterator[tuple[slice, slice, Groups]]:

@@ -57,8 +57,7 @@ def check(rewards: Any, weights: Any, groups: Any, ratios: Any = None, prompts: 
     w = torch.ones_like(r) if weights is None else _like("weights", weights, rewards).to(r)
     if ratios is not None:
         c = _like("ratios", ratios, rewards).to(r)
-        if c.numel() and bool((c < 0).any()):
-            raise ValueError(f"ratios: expected pi / pi_old, not its logarithm; got {c.min().item()}")
+        _expect_ratios(c, ~r.isnan())
         w = w * c.square()
     if prompts is not None:
         prompts = _prompt_ids(prompts, len(r))
@@ -84,6 +83,17 @@ def _like(name: str, value: Any, rewards: Tensor) -> Tensor:
     if value.shape != rewards.shape:
         raise ValueError(f"{name}: expected the shape of rewards, {list(rewards.shape)}, got {list(value.shape)}")
     return value.detach()
+
+
+def _expect_ratios(c: Tensor, known: Tensor) -> None:
+    bad = known & ~(c >= 0)
+    if bad.any():
+        raise ValueError(
+            f"ratios: expected pi / pi_old, not its logarithm: non-negative numbers; got {c[bad][0].item():g} "
+            f"at {bad.nonzero()[0].tolist()}"
+        )
+    if known.any() and not c[known].any():
+        raise ValueError("ratios: expected pi / pi_old, not its logarithm; all are 0")
 
 
 def _all_within_bounds(r: Tensor, w: Tensor) -> bool:

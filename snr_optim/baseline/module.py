@@ -69,8 +69,8 @@ class GradWeightedBaseline(nn.Module):
         leave_one_out: ``False`` puts each output (and its prompt into the pool) into its own baseline. That
             is **biased**; it is here to compare with methods that do it.
         kappa: strength of the shrinkage in pseudo-outputs, or ``"auto"``; used by ``"shrink"`` alone.
-        decay: weight of each earlier batch relative to the one after it, in the pool; ``0`` pools the current batch
-            alone.
+        decay: what is kept of the pool of earlier batches when :meth:`update` adds the next one; ``0`` keeps that one
+            alone. The other prompts of the current batch count fully.
         process_group: of data-parallel ranks, each of which passes its own part of the batch. Groups may be split over
             ranks if ``groups`` are ids, which then have to mean the same prompt on all ranks; a size stays with its
             rank. Every rank gathers all rewards and weights (``[B, T]``: of all tokens). All ranks have to ask alike.
@@ -136,21 +136,23 @@ class GradWeightedBaseline(nn.Module):
 
         Args:
             rewards: ``[B]``, one per output; NaN for one that was not scored, which then counts nowhere.
-                Or ``[B, T]``: rewards-to-go, each column a problem of its own.
+                Or ``[B, T]``: rewards-to-go, each column a problem of its own, NaN at padding. Not ``[P, G]``: flatten
+                that, and let ``groups=G``.
             weights: squared score norms, of the shape of ``rewards``, non-negative; equal when left out.
                 Only their ratios matter, over all batches.
             groups: size of every prompt's group (neighbours belong together), or integer ids ``[B]``; ``prompts``
                 when left out.
-            ratios: importance ratios ``pi / pi_old``, of the shape of ``rewards``: weights become ``ratios**2 * w``.
-                The gradient is then that of ``ratio_i (r_i - b_i) grad log pi(o_i)``.
+            ratios: importance ratios ``c = pi / pi_old``, of the shape of ``rewards``: weights become ``c**2 * w``,
+                which is best for gradients ``c_i (r_i - b_i) grad log pi(o_i)``. The factor ``c_i`` stays yours.
             prompts: ``[B]`` integer ids that a prompt keeps over epochs. Its earlier outputs count beside the other
-                outputs of the group, where that has done better so far. Five numbers are kept for each prompt.
+                outputs of the group, where that has done better so far. Five numbers are kept for each prompt, for good;
+                a visit counts 0.7 times the next one. Batches without ``prompts`` may come between.
 
         Returns:
             Like ``rewards``, float32 at least, without gradient. Weights that are all zero wherever an
             output's baseline looks count as equal. Where a prompt has no other scored output the pool
-            decides (not in scope ``"group"``); in scope ``"batch"`` with an empty pool, the prompt's own
-            other outputs; with nothing to go by the baseline is 0.
+            decides; in scope ``"batch"`` with an empty pool, the prompt's own other outputs. With nothing to go by, as
+            for a group of one in scope ``"group"``, the baseline is 0.
 
         Raises:
             TypeError: complex tensors; ``groups`` or ``prompts`` that are no integers.
@@ -172,8 +174,8 @@ class GradWeightedBaseline(nn.Module):
     ) -> Tensor:
         """``rewards - baseline``; 0 where the reward is NaN. Arguments, errors and dtype as in :meth:`forward`.
 
-        With ``update=True`` it then learns from the batch, as :meth:`update` does. Once per batch: a baseline that has
-        learned from an output is no longer independent of it.
+        With ``update=True`` it then learns from the batch, as :meth:`update` does. Once per batch, and advantages first:
+        a baseline that has learned from an output is no longer independent of it.
         """
         batch, rows = self._checked(rewards, weights, groups, ratios, prompts)
         view = self._look(batch)
@@ -193,6 +195,7 @@ class GradWeightedBaseline(nn.Module):
     ) -> None:
         """Let later batches know this one: their pool, the evidence for ``kappa``, the outputs of its prompts.
 
+        Once per batch, after its advantages were asked for. Load the state of a new baseline to forget everything.
         In scope ``"group"`` there is nothing to learn. Arguments and errors as in :meth:`forward`.
         """
         batch, _ = self._checked(rewards, weights, groups, ratios, prompts)
@@ -233,7 +236,8 @@ class GradWeightedBaseline(nn.Module):
         """What has been chosen and how well it does: numbers to log (waits for the device).
 
         ``kappa``; ``recall``, the share of remembered outputs that counts; ``second_moment``: ``sum w (r - b)^2`` of
-        that choice relative to ``kappa = 0``'s, NaN where there is no such evidence; ``prompts_remembered``.
+        that choice relative to ``kappa = 0``'s, the lower the better, over the batches seen so far (of few it says
+        little), NaN without ``kappa="auto"`` or before the first; ``prompts_remembered``.
         """
         k, m = (int(index) for index in self._evidence.best())
         losses, kappas = self._evidence.losses, self._evidence.kappas
@@ -309,7 +313,7 @@ class GradWeightedBaseline(nn.Module):
 
     def extra_repr(self) -> str:
         kappa = "'auto'" if self._auto else float(self._evidence.kappas[0])
-        return f"scope={self.scope!r}, leave_one_out={self.leave_one_out}, kappa={kappa}"
+        return f"scope={self.scope!r}, leave_one_out={self.leave_one_out}, kappa={kappa}, decay={self.decay}"
 
 
 def _is_number(value: object) -> bool:
