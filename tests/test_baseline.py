@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from bandit import SoftmaxBandit, forced
@@ -167,6 +168,19 @@ def test_parts_of_a_batch_are_worked_on_like_the_whole(monkeypatch):
         assert torch.allclose(in_parts.get_extra_state()[name], value, rtol=1e-12), name
 
 
+def test_padding_of_nan_counts_nowhere():
+    """Columns of rewards-to-go where some outputs have ended: the same as leaving these out."""
+    rewards, weights = torch.rand(6, 3), torch.rand(6, 3)
+    ended = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 0, 1], [0, 0, 0], [0, 0, 1], [0, 1, 1]]).bool()
+    baseline, ids = GradWeightedBaseline(kappa=2.0), torch.arange(6) // 3
+    advantages = baseline.advantages(rewards.masked_fill(ended, math.nan), weights, groups=ids)
+    for t in range(3):
+        alive = ~ended[:, t]
+        expected = baseline.advantages(rewards[alive, t], weights[alive, t], groups=ids[alive])
+        assert torch.allclose(advantages[alive, t], expected, atol=1e-6)
+        assert not advantages[~alive, t].any()
+
+
 def test_empty_batch_and_dtypes():
     assert GradWeightedBaseline("batch")(torch.empty(0), groups=4).shape == (0,)
     assert GradWeightedBaseline()(torch.tensor([1, 0]), groups=2).dtype == torch.float32
@@ -227,6 +241,9 @@ def test_a_kappa_in_the_place_of_leave_one_out_is_refused():
         ("shrink", dict(ratios=torch.full((4,), math.inf), groups=2), ValueError, "ratios"),
         ("shrink", dict(ratios=torch.ones(3), groups=2), ValueError, "ratios"),
         ("shrink", dict(ratios=torch.tensor([1.0, -0.1, 1.0, 1.0]), groups=2), ValueError, "ratios"),
+        ("shrink", dict(ratios=torch.zeros(4), groups=2), ValueError, "ratios"),
+        ("shrink", dict(ratios=torch.full((4,), math.nan), groups=2), ValueError, "ratios"),
+        ("shrink", dict(groups=np.array([0, 0, 1, 1])), TypeError, "groups"),
         ("shrink", dict(prompts=[0, 0, 1, 1]), TypeError, "prompts"),
         ("shrink", dict(prompts=torch.ones(4, dtype=torch.bool), groups=2), TypeError, "prompts"),
         ("shrink", dict(weights=torch.ones(4, dtype=torch.complex64), groups=2), TypeError, "weights"),
