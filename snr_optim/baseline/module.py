@@ -70,8 +70,8 @@ class GradWeightedBaseline(nn.Module):
             is **biased**; it is here to compare with methods that do it.
         kappa: strength of the shrinkage in pseudo-outputs, or ``"auto"``; used by ``"shrink"`` alone.
         decay: what is kept of the pool of earlier batches when :meth:`update` adds the next one; ``0`` keeps that one
-            alone. The other prompts of the current batch count fully. A policy that passes nearly always changes its
-            ``b*`` fast: with 0.95 the pool lagged behind it, with 0.5 it loses 1 % elsewhere.
+            alone. The other prompts of the current batch count fully. Where the policy passes nearly always ``b*``
+            moves fast, and a long memory lags behind it.
         process_group: of data-parallel ranks, each of which passes its own part of the batch. Groups may be split over
             ranks if ``groups`` are ids, which then have to mean the same prompt on all ranks; a size stays with its
             rank. Every rank gathers all rewards and weights (``[B, T]``: of all tokens). All ranks have to ask alike.
