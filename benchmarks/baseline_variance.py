@@ -356,7 +356,7 @@ def draw_picture(rows: list[dict[str, Any]], path: Path, group: int, prompts: in
 
     shown = {
         "RLOO": ("#8d99ae", "o"), "James-Stein": ("#b08968", "v"), "the paper": ("#c28e0e", "s"),
-        "snr-optim": ("#0b6fb8", "D"), "+ prompts": ("#2a9d8f", "P"), "oracle": ("black", ""),
+        "OTB": ("#8a5cd6", "^"), "snr-optim": ("#0b6fb8", "D"), "oracle": ("black", ""),
     }  # fmt: skip
     tasks = sorted({row["task"] for row in rows})
     figure, all_axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4), layout="constrained", sharey=True)
@@ -366,10 +366,7 @@ def draw_picture(rows: list[dict[str, Any]], path: Path, group: int, prompts: in
             points = sorted((row["pass_rate"], row["to_oracle"], row["low"], row["high"]) for row in cells
                             if row["method"] == name)  # fmt: skip
             x, y, low, high = np.array(points).T
-            label = {"snr-optim": "snr-optim", "+ prompts": "snr-optim, prompts remembered"}.get(name, name)
-            axes.plot(
-                x, y, color=colour, marker=marker, ms=5, label=label, lw=2 if name.startswith(("snr", "+")) else 1.2
-            )
+            axes.plot(x, y, color=colour, marker=marker, ms=5, label=name, lw=2.4 if name == "snr-optim" else 1.2)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         axes.set(yscale="log", xlabel="pass rate of the policy", title=f"{task}: {prompts} prompts x {group} outputs")
         axes.yaxis.set_major_formatter("{x:g}")
