@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MANY = 64  # columns from which on adding row to row beats a cumulative sum
-FEW = 32  # rows up to which it does so on an accelerator
+FEW = 32  # rows up to which adding row to row beats a cumulative sum
 
 
 @dataclass(frozen=True)
@@ -182,18 +181,19 @@ def sum_of_others(values: Tensor) -> Tensor:
 
 def _sum_of_others(values: Tensor) -> Tensor:
     """Along the second dimension of ``[P, G, ...]``."""
-    row_by_row = values.device.type == "cpu" or values.shape[1] <= FEW  # a row is a kernel to launch
-    if values.shape[1] < 2 or values[:1, :1].numel() < MANY or not row_by_row:
-        others = torch.zeros_like(values)
-        others[:, 1:] = values[:, :-1].cumsum(1)
-        others[:, :-1] += values[:, 1:].flip(1).cumsum(1).flip(1)
+    num, size, *columns = values.shape
+    if columns and size <= FEW:  # row by row: few kernels, each along contiguous columns
+        others = torch.empty_like(values)
+        after = torch.zeros_like(values[:, :1])
+        others[:, :1] = 0
+        for g in range(1, size):
+            torch.add(others[:, g - 1], values[:, g - 1], out=others[:, g])
+        for g in range(size - 1, 0, -1):
+            after += values[:, g : g + 1]
+            others[:, g - 1 : g] += after
         return others
-    others = torch.empty_like(values)
-    others[:, 0] = 0
-    for g in range(1, values.shape[1]):
-        torch.add(others[:, g - 1], values[:, g - 1], out=others[:, g])
-    after = values[:, -1].clone()
-    for g in range(values.shape[1] - 2, -1, -1):
-        others[:, g] += after
-        after += values[:, g]
-    return others
+    rows = values.reshape(num, size, -1).transpose(1, 2).contiguous() if columns else values.unsqueeze(1)
+    others = torch.zeros_like(rows)  # [P, columns, G]: a cumulative sum is fast along the last dimension
+    others[..., 1:] = rows[..., :-1].cumsum(-1)
+    others[..., :-1] += rows[..., 1:].flip(-1).cumsum(-1).flip(-1)
+    return others.transpose(1, 2).reshape(values.shape)
