@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from runs import OnRow, Row, interruptible, stop_requested
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from arithmetic import Problem, character_tokenizer, worked_examples
+from runs import OnRow, stop_requested
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +18,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from runs import OnRow, stop_requested
 from snr_optim import logit_grad_norms, per_sample_grad_norms_func
 from snr_optim.kernels.logprob_stats import logprob_stats
 

@@ -24,9 +24,9 @@ from options import parse_arguments
 from policy import Policy, baseline_weights, local_model, sample, sequence_log_probs, tiny_qwen3, warm_start
 from report import report
 from rich.console import Console
+from runs import OnRow, Run, save_atomically
 from torch import Tensor, nn
 
-from runs import OnRow, Run, save_atomically
 from snr_optim import GradWeightedBaseline, SNRAdaptiveLR
 
 

@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-
 from runs import read_metrics
 
 ADAPTIVE = "oblr-po"

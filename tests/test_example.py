@@ -16,7 +16,6 @@ from arithmetic import Problem, is_correct, problems
 from options import parse_arguments
 from policy import baseline_weights, sample, sequence_log_probs, tiny_qwen3
 from report import steps_to
-
 from runs import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
