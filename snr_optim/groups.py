@@ -181,19 +181,20 @@ def sum_of_others(values: Tensor) -> Tensor:
 
 def _sum_of_others(values: Tensor) -> Tensor:
     """Along the second dimension of ``[P, G, ...]``."""
-    num, size, *columns = values.shape
-    if columns and size <= FEW:  # row by row: few kernels, each along contiguous columns
+    size, *columns = values.shape[1:]
+    if columns and 0 < size <= FEW:  # row by row: few kernels, each along contiguous columns
         others = torch.empty_like(values)
-        after = torch.zeros_like(values[:, :1])
-        others[:, :1] = 0
+        result, rows = others.unbind(1), values.unbind(1)
+        result[0].zero_()
         for g in range(1, size):
-            torch.add(others[:, g - 1], values[:, g - 1], out=others[:, g])
-        for g in range(size - 1, 0, -1):
-            after += values[:, g : g + 1]
-            others[:, g - 1 : g] += after
+            torch.add(result[g - 1], rows[g - 1], out=result[g])
+        after = rows[-1].clone()
+        for g in range(size - 2, -1, -1):
+            result[g].add_(after)
+            after.add_(rows[g])
         return others
-    rows = values.reshape(num, size, -1).transpose(1, 2).contiguous() if columns else values.unsqueeze(1)
-    others = torch.zeros_like(rows)  # [P, columns, G]: a cumulative sum is fast along the last dimension
-    others[..., 1:] = rows[..., :-1].cumsum(-1)
-    others[..., :-1] += rows[..., 1:].flip(-1).cumsum(-1).flip(-1)
+    across = values.flatten(2).transpose(1, 2).contiguous() if columns else values.unsqueeze(1)
+    others = torch.zeros_like(across)  # [P, columns, G]: a cumulative sum is fast along the last dimension
+    others[..., 1:] = across[..., :-1].cumsum(-1)
+    others[..., :-1].add_(across[..., 1:].flip(-1).cumsum(-1).flip(-1))
     return others.transpose(1, 2).reshape(values.shape)
