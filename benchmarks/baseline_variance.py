@@ -49,8 +49,6 @@ class Draw:
     mask: Tensor  # [B, T]
     nodes: Tensor  # [B, T] into the coefficients
     prompts: Tensor  # [B] ids
-    kinds: Tensor  # [B, kinds] one-hot
-    hidden: Tensor  # [B, d]
     oracle: Tensor  # [B] the optimal baseline of the prompt
 
     @property
@@ -86,8 +84,7 @@ class Study:
         self.exact = squared_norms(self.nodes, self.gram)
         wr, w = ((self.probability * self.exact * x).sum(1) for x in (self.rewards, 1.0))
         self.oracle = torch.where(w > 0, wr / w, 0)  # a prompt with one output has no gradient
-        self.prompts, self.hidden = stage.prompts[chosen], stage.hidden[chosen].to(FLOAT64)
-        self.kinds = one_hot(stage.kinds[chosen], stage.task)
+        self.prompts = stage.prompts[chosen]
         self.gradient = self.coefficients(
             self.nodes.flatten(0, 1), (self.probability * self.rewards).view(1, -1, 1) / len(chosen)
         )[0]
@@ -99,8 +96,7 @@ class Study:
         nodes = self.nodes[q, u].flatten(0, 1)
         return Draw(
             group, self.rewards[q, u].flatten(), self.exact[q, u].flatten(), self.head[q, u].flatten(),
-            self.tokens[q, u].flatten(0, 1), nodes >= 0, nodes, self.prompts[b], self.kinds[b], self.hidden[b],
-            self.oracle[b],
+            self.tokens[q, u].flatten(0, 1), nodes >= 0, nodes, self.prompts[b], self.oracle[b],
         )  # fmt: skip
 
     def coefficients(self, nodes: Tensor, advantages: Tensor) -> Tensor:
@@ -123,10 +119,6 @@ def squared_norms(nodes: Tensor, gram: Tensor) -> Tensor:
     kept = nodes >= 0
     pairs = gram[nodes.clamp_min(0)[..., :, None], nodes.clamp_min(0)[..., None, :]].to(FLOAT64)
     return (pairs * kept[..., :, None] * kept[..., None, :]).sum((-2, -1)).clamp_min(0)
-
-
-def one_hot(kinds: Tensor, task: str) -> Tensor:
-    return torch.nn.functional.one_hot(kinds, len(KINDS[task])).to(FLOAT64)
 
 
 # ---------------------------------------------------------------------------------------------------------- the methods
@@ -223,17 +215,17 @@ def ours(stage: Stage, prompts: int, group: int) -> dict[str, Method]:
     """Baselines that have learned from the recorded batches."""
     plain, memory = GradWeightedBaseline(), GradWeightedBaseline()
 
-    def learn(baseline: GradWeightedBaseline, extra: Callable[[Any, slice], dict[str, Tensor]], whole: bool) -> None:
+    def learn(baseline: GradWeightedBaseline, remember: bool) -> None:
         for step, batch in enumerate(stage.history):
-            parts = len(batch.rewards) if whole and step in VISITS else prompts
+            parts = len(batch.rewards) if remember and step in VISITS else prompts
             for start in range(0, parts, prompts):
                 rows = slice(start, start + prompts)
                 rewards, weights = (x[rows, :group].flatten() for x in (batch.rewards, batch.weights))
-                given = {name: x.repeat_interleave(group, 0) for name, x in extra(batch, rows).items()}
-                baseline.update(rewards, weights, group, **given)
+                ids = batch.prompts[rows].repeat_interleave(group) if remember else None
+                baseline.update(rewards, weights, group, prompts=ids)
 
-    learn(plain, lambda b, rows: {}, False)
-    learn(memory, lambda b, rows: {"prompts": b.prompts[rows]}, True)
+    learn(plain, remember=False)
+    learn(memory, remember=True)
     return {
         "snr-optim": lambda d: plain.advantages(d.rewards, d.exact, d.group),
         "before sampling": lambda d: d.rewards - plain.predict(),

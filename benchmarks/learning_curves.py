@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -25,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.harness import ROOT, environment, print_table, progress, write_json
-from benchmarks.lr_range import GROUP, LAST, PROMPTS, WARM_UP, prepare, train_on_demo_task
+from benchmarks.harness import ROOT, environment, print_table, write_json
+from benchmarks.lr_range import GROUP, LAST, PROMPTS, WARM_UP, prepare, run_missing, train_on_demo_task
 from snr_optim import GradWeightedBaseline, SNRAdaptiveLR
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -176,17 +175,11 @@ def main() -> None:
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     starts = prepare(args.out, [*TUNING_SEEDS, *args.seeds])
     pairs = [(baseline, schedule) for baseline in args.baselines for schedule in args.schedules]
-    context = multiprocessing.get_context("spawn")
 
     def do(settings: list[Setting]) -> None:
         done = [Setting(*(row[field.name] for field in fields(Setting))) for row in rows]
-        missing = [setting for setting in settings if setting not in done]
-        with progress(len(missing)) as report, context.Pool(args.jobs, torch.set_num_threads, (1,)) as pool:
-            for row in pool.imap_unordered(run, [(setting, starts[setting.seed]) for setting in missing]):
-                rows.append(row)
-                with log.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                report(f"{row['baseline']} {row['schedule']} {row['lr']:g} seed {row['seed']}: {row['final']:.3f}")
+        jobs = [(setting, starts[setting.seed]) for setting in settings if setting not in done]
+        run_missing(run, jobs, rows, log, args.jobs, lambda row: f"{row['baseline']} {row['schedule']} {row['lr']:g}")
 
     do([Setting(b, s, lr, seed, args.steps) for seed in TUNING_SEEDS for b, s in pairs for lr in LRS[s]])
     chosen = {(b, s): best_lr(rows, b, s, args.steps) for b, s in pairs}

@@ -141,6 +141,20 @@ def run(job: tuple[Setting, Path]) -> dict[str, Any]:
     return asdict(setting) | {"final": mean(rewards[-LAST:]), "mean": mean(rewards)}
 
 
+def run_missing(
+    function: Callable[[Any], dict[str, Any]], jobs: list[Any], rows: list[dict[str, Any]], log: Path, processes: int,
+    label: Callable[[dict[str, Any]], str],
+) -> None:  # fmt: skip
+    """Run every job in a process of its own; what comes out is added to the rows, and to the log at once."""
+    context = multiprocessing.get_context("spawn")
+    with progress(len(jobs)) as report, context.Pool(processes, torch.set_num_threads, (1,)) as pool:
+        for row in pool.imap_unordered(function, jobs):
+            rows.append(row)
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            report(f"{label(row)} seed {row['seed']}: {row['final']:.3f}")
+
+
 def prepare(folder: Path, seeds: Iterable[int]) -> dict[int, Path]:
     """The supervised start of every seed."""
     files = {seed: folder / f"start-{seed}.pt" for seed in seeds}
@@ -233,13 +247,8 @@ def main() -> None:
     done = {tuple(row[name] for name in asdict(settings[0])) for row in rows}
     missing = [setting for setting in settings if tuple(asdict(setting).values()) not in done]
     starts = prepare(args.out, args.seeds)
-    context = multiprocessing.get_context("spawn")
-    with progress(len(missing)) as report, context.Pool(args.jobs, torch.set_num_threads, (1,)) as pool:
-        for row in pool.imap_unordered(run, [(setting, starts[setting.seed]) for setting in missing]):
-            rows.append(row)
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            report(f"{row['optimizer']} {row['schedule']} {row['ceiling']:g} seed {row['seed']}: {row['final']:.3f}")
+    jobs = [(setting, starts[setting.seed]) for setting in missing]
+    run_missing(run, jobs, rows, log, args.jobs, lambda row: f"{row['optimizer']} {row['schedule']} {row['ceiling']:g}")
     result = summary(rows)
     command = "python -m benchmarks.lr_range " + " ".join(sys.argv[1:])
     whole = {"benchmark": "lr_range", "command": command.strip(), "environment": origin, "steps": args.steps}

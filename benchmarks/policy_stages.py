@@ -56,8 +56,6 @@ class Recorded(NamedTuple):
     rewards: Tensor  # [prompts, group]
     weights: Tensor  # exact squared norms
     prompts: Tensor  # [prompts] ids
-    kinds: Tensor  # [prompts]
-    hidden: Tensor  # [prompts, d] last hidden state of the prompt
 
 
 class Outputs(NamedTuple):
@@ -78,8 +76,6 @@ class Stage:
     supervised_steps: int
     outputs: list[Outputs]  # of each prompt
     prompts: Tensor  # [P] ids
-    kinds: Tensor  # [P]
-    hidden: Tensor  # [P, d]
     history: list[Recorded]
     gram: Tensor  # [nodes, nodes] inner products of the gradients of single log-probs
 
@@ -93,7 +89,7 @@ def problems(task: str, num: int, seed: str) -> tuple[list[Problem], Tensor]:
     """Problems, and the kind of each."""
     rng = random.Random(f"stages {task} {seed}")
     kinds = [rng.randrange(len(KINDS[task])) for _ in range(num)]
-    return [_problem(rng, KINDS[task][kind]) for kind in kinds], torch.tensor(kinds)
+    return [_problem(rng, KINDS[task][kind]) for kind in kinds]
 
 
 def _problem(rng: random.Random, kind: tuple[Any, ...]) -> Problem:
@@ -117,7 +113,7 @@ def worked_example(rng: random.Random, problem: Problem) -> str:
 
 def supervised_step(model: Any, tokenizer: Any, optimizer: Any, task: str, step: int) -> None:
     rng = random.Random(f"worked examples {task} {step}")
-    batch, _ = problems(task, 128, f"supervised {step}")
+    batch = problems(task, 128, f"supervised {step}")
     texts = [worked_example(rng, problem) + tokenizer.eos_token for problem in batch]
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
     answer = (encoded["input_ids"] == tokenizer.convert_tokens_to_ids("=")).cumsum(1).cummax(1).values > 0
@@ -136,15 +132,6 @@ def roll_out(model: Any, tokenizer: Any, batch: list[Problem], group: int) -> tu
 
 def exact_norms(model: Any, rollout: Rollout) -> Tensor:
     return per_sample_grad_norms_func(model, lambda m, one: sequence_log_probs(m, one).sum(), rollout, chunk_size=64)
-
-
-@torch.no_grad()
-def last_hidden(model: Any, tokenizer: Any, batch: list[Problem]) -> Tensor:
-    encoded = tokenizer([problem.prompt for problem in batch], padding=True, return_tensors="pt")
-    positions = (encoded["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    return model.model(
-        input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], position_ids=positions
-    ).last_hidden_state[:, -1]
 
 
 def reinforce(model: Any, optimizer: Any, rollout: Rollout, rewards: Tensor, group: int) -> None:
@@ -175,32 +162,28 @@ def build(job: tuple[str, int, Path]) -> Path:
     torch.manual_seed(STAGES[task][steps])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.0)
     for step in range(SHARPENING):
-        batch, _ = problems(task, 64, f"sharpening {step}")
+        batch = problems(task, 64, f"sharpening {step}")
         reinforce(model, optimizer, *roll_out(model, tokenizer, batch, 8), group=8)
 
     ids: dict[str, int] = {}
-    study, study_kinds = problems(task, PROMPTS, "study")
+    study = problems(task, PROMPTS, "study")
     history = []
     optimizer = torch.optim.AdamW(model.parameters(), 2e-4, weight_decay=0.0)
     for step in range(RECORDED):
-        batch, kinds = (study, study_kinds) if step in VISITS else problems(task, PROMPTS, f"recorded {step}")
+        batch = study if step in VISITS else problems(task, PROMPTS, f"recorded {step}")
         rollout, rewards = roll_out(model, tokenizer, batch, GROUP)
         history.append(
             Recorded(
                 rewards.view(PROMPTS, GROUP).double(),
                 exact_norms(model, rollout).view(PROMPTS, GROUP).double(),
                 torch.tensor([ids.setdefault(problem.prompt, len(ids)) for problem in batch]),
-                kinds,
-                last_hidden(model, tokenizer, batch),
             )
         )
         reinforce(model, optimizer, rollout, rewards, GROUP)
 
     outputs, gram = differentiate(model, tokenizer, study, FEW_OUTPUTS if steps < EARLY else OUTPUTS)
-    stage = Stage(
-        task, steps, outputs, torch.tensor([ids[problem.prompt] for problem in study]), study_kinds,
-        last_hidden(model, tokenizer, study), history, gram,
-    )  # fmt: skip
+    prompt_ids = torch.tensor([ids[problem.prompt] for problem in study])
+    stage = Stage(task, steps, outputs, prompt_ids, history, gram)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(stage, path)
     return path

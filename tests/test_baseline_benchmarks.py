@@ -29,16 +29,15 @@ def made_up_stage(prompts=8, outputs=3, length=4, parameters=6, seed=0):
         rewards = torch.rand(outputs, dtype=torch.float64, generator=generator).round()
         per_prompt.append(policy_stages.Outputs(p / p.sum(), rewards, nodes, token_weights, token_weights.sum(1)))
     gradients = torch.randn(total, parameters, dtype=torch.float64, generator=generator)
-    ids, kinds = torch.arange(prompts), torch.zeros(prompts, dtype=torch.long)
+    ids = torch.arange(prompts)
     history = [
         policy_stages.Recorded(
             torch.rand(prompts, 16, dtype=torch.float64, generator=generator).round(),
-            torch.rand(prompts, 16, dtype=torch.float64, generator=generator), ids, kinds, torch.zeros(prompts, 2),
+            torch.rand(prompts, 16, dtype=torch.float64, generator=generator), ids,
         )
         for _ in range(policy_stages.RECORDED)
     ]  # fmt: skip
-    hidden = torch.zeros(prompts, 2)
-    raw = policy_stages.Stage("addition", 1, per_prompt, ids, kinds, hidden, history, gradients @ gradients.T)
+    raw = policy_stages.Stage("addition", 1, per_prompt, ids, history, gradients @ gradients.T)
     sibling, share = policy_stages.siblings(per_prompt, total)
     for group in sibling.unique():
         members = sibling == group
@@ -180,7 +179,7 @@ def test_equal_beginnings_are_one_node():
 def test_token_gradients_add_up_to_those_of_outputs():
     model, tokenizer = policy_stages.tiny_qwen3(0)
     torch.manual_seed(0)
-    batch, _ = policy_stages.problems("mixed", 2, "test")
+    batch = policy_stages.problems("mixed", 2, "test")
     outputs, gram = policy_stages.differentiate(model, tokenizer, batch, 4)
     torch.manual_seed(0)
     rollout, rewards = policy_stages.roll_out(model, tokenizer, batch, 4)

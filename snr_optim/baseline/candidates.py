@@ -89,7 +89,7 @@ def blocks(batch: Batch) -> Iterator[tuple[Batch, slice, slice]]:
     if batch.rewards.device.type == "cpu":  # on an accelerator, the fewer kernels the better
         most = max(1, BLOCK // (batch.rewards[:1].numel() or 1))
     for outputs, prompts, groups in batch.groups.blocks(most):
-        yield batch.part(outputs, prompts, groups), outputs, prompts
+        yield batch.part(outputs, groups), outputs, prompts
 
 
 def _for_each_output(

@@ -33,17 +33,14 @@ class Batch:
     weights: Tensor
     scored: Tensor | None
     groups: Groups
-    prompts: Tensor | None
+    prompts: Tensor | None = None
     groups_given: Tensor | None = None
     float64_given: bool = False
 
-    def part(self, sequences: slice, prompts: slice, groups: Groups) -> Batch:
-        """Some of its outputs."""
-        return Batch(
-            self.rewards[sequences], self.weights[sequences],
-            None if self.scored is None else self.scored[sequences], groups,
-            None if self.prompts is None else self.prompts[prompts],
-        )  # fmt: skip
+    def part(self, sequences: slice, groups: Groups) -> Batch:
+        """Rewards and weights of some of its outputs."""
+        scored = None if self.scored is None else self.scored[sequences]
+        return Batch(self.rewards[sequences], self.weights[sequences], scored, groups)
 
 
 def check(rewards: Any, weights: Any, groups: Any, ratios: Any = None, prompts: Any = None) -> Batch:

@@ -77,10 +77,9 @@ class Evidence:
     def best(self) -> tuple[Tensor, Tensor]:
         """Its index among the kappas, and among the shares that are recalled."""
         score = self.gains - self.ERRORS * self.squares.sqrt()
+        score = torch.where(score > 0, score, -torch.inf)
         score[self.default] = 0.0
-        ahead = torch.where(score > 0, score, 0)
-        ahead[self.default] = torch.finfo(score.dtype).tiny
-        k, m = torch.unravel_index(ahead.argmax(), score.shape)
+        k, m = torch.unravel_index(score.argmax(), score.shape)
         return k, m
 
     def shrinkages(self) -> Tensor:
