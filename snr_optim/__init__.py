@@ -6,6 +6,7 @@ variance-optimal unbiased baseline (:class:`GradWeightedBaseline`), and the stat
 
 from snr_optim.baseline import GradWeightedBaseline as GradWeightedBaseline
 from snr_optim.moments import GradientMoments as GradientMoments
+from snr_optim.per_sample import PerSampleGradNorms as PerSampleGradNorms
 from snr_optim.per_sample import logit_grad_norms as logit_grad_norms
 from snr_optim.per_sample import per_sample_grad_norms_func as per_sample_grad_norms_func
 from snr_optim.scheduler import SNRAdaptiveLR as SNRAdaptiveLR

@@ -24,6 +24,12 @@ def current_backward() -> int:
     return task
 
 
+def keeps_graph() -> bool:
+    """Whether the running backward pass was called with ``retain_graph``: it may come again."""
+    keeps: bool = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+    return keeps
+
+
 def at_end_of_backward(function: Callable[[], None]) -> None:
     """Call ``function`` when the running backward pass has left its gradients in ``.grad``.
 

@@ -1,0 +1,148 @@
+"""One op: activations and output gradients of a linear layer to the squared norm of its weight gradient, per sequence.
+
+``||A_s^T G_s||_F^2`` without the product in memory: by Gram matrices where sequences are short, by tiles of the product
+where they are long. Here: the function, its float64 reference and what it must cost. The two paths are next door:
+``linear_grad_norms_torch``, and ``linear_grad_norms_triton``, imported when the first GPU tensor comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from snr_optim.kernels import linear_grad_norms_torch
+from snr_optim.kernels._launch import Cost, Impl, runs_triton
+from snr_optim.kernels._segments import Segments
+
+Method = Literal["auto", "gram", "direct"]
+
+
+@torch.no_grad()
+def linear_grad_norms(
+    activations: Tensor,
+    grad_outputs: Tensor | Sequence[Tensor],
+    cu_seqlens: Tensor | Segments,
+    method: Method = "auto",
+    *,
+    bias: bool = False,
+    impl: Impl = "auto",
+) -> Tensor:
+    r"""Squared norm of the weight gradient of a linear layer, for each sequence of a packed batch.
+
+    .. math::
+        \|A_s^\top G_s\|_F^2 = \sum_{t,u} (A_s A_s^\top)_{tu} (G_s G_s^\top)_{tu}
+
+    The left side, ``direct``, takes ``2 T d_in d_out`` FLOP per sequence of ``T`` tokens; the right side, ``gram``
+    (ghost norm, arXiv 2205.10683; arXiv 1510.01799), ``T (T + tile) (d_in + d_out)`` as both matrices are
+    symmetric. ``auto`` takes the one with fewer, for each sequence. Neither has the whole gradient, or all of
+    ``T x T``, in memory, and sums are in float32 at least and in a fixed order: the same input gives the same bits.
+
+    Args:
+        activations: ``[N, d_in]``, the tokens of all sequences one after another.
+        grad_outputs: ``[N, d_out]``, the gradient with respect to the layer's output; or several, of layers that
+            share the activations (query, key, value; gate, up): the Gram matrix of the activations is then
+            computed once, and the norms of the layers are added up.
+        cu_seqlens: ``[S + 1]`` integers, ``0`` and the end of each sequence; sequences may be empty.
+        method: ``"gram"`` or ``"direct"`` to insist on one.
+        bias: add the norm of the bias gradient, ``||sum_t G_t||^2``, of each layer: ``A A^T + 1`` instead of ``A A^T``.
+        impl: ``"torch"`` or ``"triton"`` to insist on one.
+
+    Returns:
+        ``[S]``, float32 (float64 for float64 inputs), without gradient; 0 for empty sequences. NaN and infinity stay
+        within their sequence.
+
+    Raises:
+        TypeError: inputs not floating, ``cu_seqlens`` not integers.
+        ValueError: shapes or devices that disagree, ``cu_seqlens`` that do not add up to ``N``, unknown ``method`` or
+            ``impl``.
+
+    Example:
+        >>> a = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])
+        >>> g = torch.tensor([[1.0], [1.0], [1.0]])
+        >>> linear_grad_norms(a, g, torch.tensor([0, 2, 3]))     # ||(1, 2)||^2, ||(3, 0)||^2
+        tensor([5., 9.])
+    """
+    gradients = [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs)
+    segments = Segments.of(cu_seqlens)
+    _check(activations, gradients, segments)
+    if method not in ("auto", "gram", "direct"):
+        raise ValueError(f"method: expected 'auto', 'gram' or 'direct', got {method!r}")
+    if all(runs_triton(impl, x) for x in (activations, *gradients)):
+        from snr_optim.kernels import linear_grad_norms_triton
+
+        return linear_grad_norms_triton.forward(activations, gradients, segments, method, bias)
+    return linear_grad_norms_torch.forward(activations, gradients, segments, method, bias)
+
+
+def _check(activations: Tensor, gradients: Sequence[Tensor], segments: Segments) -> None:
+    if not gradients:
+        raise ValueError("grad_outputs: expected one tensor or more, got none")
+    for name, x in [("activations", activations), *(("grad_outputs", g) for g in gradients)]:
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+        if x.dim() != 2 or len(x) != segments.rows:
+            raise ValueError(
+                f"{name}: expected [N, d] with N = {segments.rows}, the end of cu_seqlens, got {list(x.shape)}"
+            )
+        if x.device != activations.device:
+            raise ValueError(f"{name}: expected the device of activations, {activations.device}, got {x.device}")
+
+
+def linear_grad_norms_reference(
+    activations: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, *, bias: bool = False
+) -> Tensor:
+    """The same by the definition, one sequence after another, in float64.
+
+    Args:
+        activations: ``[N, d_in]``.
+        grad_outputs: ``[N, d_out]``.
+        cu_seqlens: ``[S + 1]``.
+        bias: add the norm of the bias gradient.
+
+    Returns:
+        ``[S]``, float64.
+
+    Example:
+        >>> linear_grad_norms_reference(torch.ones(2, 3), torch.ones(2, 1), torch.tensor([0, 2]), bias=True)
+        tensor([16.], dtype=torch.float64)
+    """
+    norms = []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        a, g = activations[start:end].double(), grad_outputs[start:end].double()
+        norm = (a.T @ g).square().sum()
+        norms.append(norm + g.sum(0).square().sum() if bias else norm)
+    return torch.stack(norms) if norms else activations.new_zeros(0, dtype=torch.float64)
+
+
+def linear_grad_norms_cost(
+    lengths: Sequence[int], d_in: int, d_out: int, dtype: torch.dtype, method: Method = "auto"
+) -> Cost:
+    """What a call must move and compute.
+
+    Args:
+        lengths: tokens of each sequence.
+        d_in: of the activations.
+        d_out: of the output gradients, the sum where there are several.
+        dtype: of both.
+        method: which side of the formula; ``"auto"`` is the cheaper one for each sequence.
+
+    Returns:
+        Every activation and gradient read once and a float32 written per sequence; the FLOP of the side, with
+        ``T (T + 1) / 2`` pairs of tokens for ``gram``.
+
+    Example:
+        >>> cost = linear_grad_norms_cost([1024] * 8, 2560, 9728, torch.bfloat16)
+        >>> f"{cost.flops / 1e12:.2f} TFLOP, direct {8 * 2 * 1024 * 2560 * 9728 / 1e12:.2f}"
+        '0.10 TFLOP, direct 0.41'
+    """
+
+    def flops(length: int) -> int:
+        gram, direct = length * (length + 1) * (d_in + d_out), 2 * length * d_in * d_out
+        return {"gram": gram, "direct": direct, "auto": min(gram, direct)}[method]
+
+    nbytes = sum(lengths) * (d_in + d_out) * dtype.itemsize + 4 * len(lengths)
+    return Cost(nbytes, sum(map(flops, lengths)))

@@ -1,0 +1,104 @@
+"""The torch path of `linear_grad_norms`: batched products of stacks of equal sequences, some rows and columns at a time.
+
+For every device and dtype that torch has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from snr_optim.kernels._segments import Segments
+
+BLOCK = 64  # rows of a Gram matrix at a time
+BUDGET = 1 << 25  # numbers in a float32 copy or a product: 128 MB
+
+
+def forward(
+    activations: Tensor, gradients: Sequence[Tensor], segments: Segments, method: str, bias: bool
+) -> Tensor:
+    """As `linear_grad_norms`, of checked arguments."""
+    d_in, d_out = activations.shape[1], sum(g.shape[1] for g in gradients)
+    exact = exact_dtype(activations, *gradients)
+    norms = torch.zeros(len(segments), dtype=exact, device=activations.device)
+    for stack in segments.stacks(most_rows=max(1, BUDGET // max(1, d_in, *(g.shape[1] for g in gradients)))):
+        a, gs = stack.of(activations), [stack.of(g) for g in gradients]
+        by_gram = stack.length <= longest_by_gram(d_in, d_out, block_rows(stack.length), method)
+        norms[stack.sequences] = (_gram if by_gram else _direct)(a, gs, bias, exact)
+    return norms
+
+
+def longest_by_gram(d_in: int, d_out: int, tile: int, method: str) -> int:
+    """The most tokens ``T`` of a sequence for which Gram matrices take no more FLOP.
+
+    ``T (T + tile) (d_in + d_out) <= 2 T d_in d_out``.
+    """
+    if method == "auto":
+        return max(0, 2 * d_in * d_out // max(1, d_in + d_out) - tile)
+    return 2**31 - 1 if method == "gram" else 0
+
+
+def exact_dtype(*tensors: Tensor) -> torch.dtype:
+    """That of sums: float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def block_rows(length: int) -> int:
+    return max(BLOCK, length // 8)
+
+
+def _gram(a: Tensor, gs: Sequence[Tensor], bias: bool, exact: torch.dtype) -> Tensor:
+    """``sum (A A^T + bias) * (G G^T)`` of each sequence: ``[s, T, d_in]``, ``[s, T, d_out]`` to ``[s]``."""
+    length, step = a.shape[1], block_rows(a.shape[1])
+    total = a.new_zeros(len(a), dtype=exact)
+    for start in range(0, length, step):  # some rows of the lower triangle
+        end = min(length, start + step)
+        of_a = _inner_products(a, start, end, exact)
+        if bias:
+            of_a += 1
+        of_g = _inner_products(gs[0], start, end, exact)
+        for g in gs[1:]:
+            of_g = _inner_products(g, start, end, exact, of_g)
+        products = of_a.mul_(of_g)
+        total += products.sum((1, 2))
+        if start:
+            total += products[:, :, :start].sum((1, 2))  # the upper triangle
+    return total
+
+
+def _inner_products(x: Tensor, start: int, end: int, exact: torch.dtype, into: Tensor | None = None) -> Tensor:
+    """``X[start:end] X[:end]^T`` of each sequence, ``[s, end - start, end]``, added to ``into``."""
+    for columns in column_chunks(x, exact, rows=end):
+        right = x[:, :end, columns].to(exact)
+        left = right[:, start:end]
+        into = torch.bmm(left, right.mT) if into is None else into.baddbmm_(left, right.mT)
+    return x.new_zeros(len(x), end - start, end, dtype=exact) if into is None else into
+
+
+def _direct(a: Tensor, gs: Sequence[Tensor], bias: bool, exact: torch.dtype) -> Tensor:
+    """``||A^T G||^2`` of each sequence, some columns of the product at a time."""
+    totals = []
+    for s in range(len(a)):
+        left = a[s].to(exact).T
+        total = a.new_zeros((), dtype=exact)
+        for g in gs:
+            step = max(1, BUDGET // max(1, *a.shape[1:]))
+            for columns in torch.split(g[s], step, dim=1):
+                right = columns.to(exact)
+                total += torch.linalg.vector_norm(left @ right).square()
+                if bias:
+                    total += torch.linalg.vector_norm(right.sum(0)).square()
+        totals.append(total)
+    return torch.stack(totals)
+
+
+def column_chunks(x: Tensor, exact: torch.dtype, rows: int) -> Iterator[slice]:
+    """All columns, or as many at a time as a copy in another dtype may have."""
+    width = x.shape[-1]
+    step = width if x.dtype == exact else max(1, BUDGET // max(1, len(x) * rows))
+    return (slice(first, first + step) for first in range(0, width, max(1, step)))

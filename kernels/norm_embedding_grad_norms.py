@@ -1,0 +1,166 @@
+"""Two ops for the layers with few parameters: squared gradient norms of a norm's scale, and of an embedding, per sequence.
+
+Here: the functions and their float64 references. The paths are next door, ``norm_embedding_grad_norms_torch`` and
+``norm_embedding_grad_norms_triton``, imported when the first GPU tensor comes.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from snr_optim.kernels import norm_embedding_grad_norms_torch
+from snr_optim.kernels._launch import Impl, expect_integers, runs_triton
+from snr_optim.kernels._segments import Segments
+
+
+@torch.no_grad()
+def norm_grad_norms(
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    cu_seqlens: Tensor | Segments,
+    eps: float,
+    *,
+    center: bool = False,
+    bias: bool = False,
+    impl: Impl = "auto",
+) -> Tensor:
+    r"""Squared norm of the gradient of the scale of RMSNorm or LayerNorm, for each sequence.
+
+    .. math::
+        \Big\| \sum_{t \in s} G_t \odot \hat x_t \Big\|^2, \qquad
+        \hat x = \frac{x - c\,\bar x}{\sqrt{\overline{(x - c\,\bar x)^2} + \epsilon}}
+
+    with ``c = 0`` for RMSNorm, ``1`` for LayerNorm. For ``y = w x^`` and for Gemma's ``y = (1 + w) x^`` alike.
+
+    Args:
+        inputs: ``[N, d]``, what was normalised. Where a token has several rows, as under a norm of queries and keys,
+            ``cu_seqlens`` counts rows.
+        grad_outputs: ``[N, d]``, the gradient with respect to the output.
+        cu_seqlens: ``[S + 1]`` integers, ``0`` and the last row of each sequence; sequences may be empty.
+        eps: of the norm.
+        center: LayerNorm.
+        bias: add the norm of the bias gradient, ``||sum_t G_t||^2``.
+        impl: ``"torch"`` or ``"triton"`` to insist on one.
+
+    Returns:
+        ``[S]``, float32 (float64 for float64 inputs); 0 for empty sequences.
+
+    Raises:
+        TypeError: inputs not floating, ``cu_seqlens`` not integers.
+        ValueError: shapes or devices that disagree, ``cu_seqlens`` that do not add up to ``N``, unknown ``impl``.
+
+    Example:
+        >>> x, g = torch.tensor([[3.0, -3.0], [2.0, 2.0]]), torch.tensor([[1.0, 1.0], [5.0, 0.0]])
+        >>> norm_grad_norms(x, g, torch.tensor([0, 1, 2]), eps=0.0)     # ||(1, -1)||^2, ||(5, 0)||^2
+        tensor([ 2., 25.])
+    """
+    segments = Segments.of(cu_seqlens)
+    for name, x in [("inputs", inputs), ("grad_outputs", grad_outputs)]:
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if inputs.dim() != 2 or inputs.shape != grad_outputs.shape or len(inputs) != segments.rows:
+        raise ValueError(
+            f"inputs, grad_outputs: expected [N, d] with N = {segments.rows}, the end of cu_seqlens, "
+            f"got {list(inputs.shape)} and {list(grad_outputs.shape)}"
+        )
+    if grad_outputs.device != inputs.device:
+        raise ValueError(f"grad_outputs: expected the device of inputs, {inputs.device}, got {grad_outputs.device}")
+    if runs_triton(impl, inputs) and runs_triton(impl, grad_outputs):
+        from snr_optim.kernels import norm_embedding_grad_norms_triton
+
+        return norm_embedding_grad_norms_triton.norm(inputs, grad_outputs, segments, eps, center, bias)
+    return norm_embedding_grad_norms_torch.norm(inputs, grad_outputs, segments, eps, center, bias)
+
+
+@torch.no_grad()
+def embedding_grad_norms(
+    ids: Tensor,
+    grad_outputs: Tensor,
+    cu_seqlens: Tensor | Segments,
+    *,
+    padding_idx: int | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    r"""Squared norm of the gradient of an embedding matrix, for each sequence.
+
+    .. math::
+        \sum_v \Big\| \sum_{t \in s,\; x_t = v} G_t \Big\|^2
+
+    Tokens are sorted by sequence and id, equal ones summed, the sums squared: linear in the tokens, no matrix of the
+    size of the vocabulary, nothing read back from a GPU.
+
+    Args:
+        ids: ``[N]`` integers, none negative.
+        grad_outputs: ``[N, d]``, the gradient with respect to the embeddings.
+        cu_seqlens: ``[S + 1]`` integers, ``0`` and the end of each sequence; sequences may be empty.
+        padding_idx: the id whose row gets no gradient.
+        impl: ``"torch"`` or ``"triton"`` to insist on one.
+
+    Returns:
+        ``[S]``, float32 (float64 for float64 gradients); 0 for empty sequences.
+
+    Raises:
+        TypeError: ``grad_outputs`` not floating, ``ids`` or ``cu_seqlens`` not integers.
+        ValueError: shapes or devices that disagree, ``cu_seqlens`` that do not add up to ``N``, unknown ``impl``.
+
+    Example:
+        >>> ids, g = torch.tensor([7, 7, 7, 4]), torch.ones(4, 1)
+        >>> embedding_grad_norms(ids, g, torch.tensor([0, 2, 4]))     # 2^2, 1 + 1
+        tensor([4., 2.])
+    """
+    segments = Segments.of(cu_seqlens)
+    expect_integers("ids", ids)
+    if not grad_outputs.is_floating_point():
+        raise TypeError(f"grad_outputs: expected a floating dtype, got {grad_outputs.dtype}")
+    if ids.dim() != 1 or grad_outputs.dim() != 2 or not len(ids) == len(grad_outputs) == segments.rows:
+        raise ValueError(
+            f"ids, grad_outputs: expected [N] and [N, d] with N = {segments.rows}, the end of cu_seqlens, "
+            f"got {list(ids.shape)} and {list(grad_outputs.shape)}"
+        )
+    if ids.device != grad_outputs.device:
+        raise ValueError(f"ids: expected the device of grad_outputs, {grad_outputs.device}, got {ids.device}")
+    if runs_triton(impl, grad_outputs):
+        from snr_optim.kernels import norm_embedding_grad_norms_triton
+
+        return norm_embedding_grad_norms_triton.embedding(ids.long(), grad_outputs, segments, padding_idx)
+    return norm_embedding_grad_norms_torch.embedding(ids.long(), grad_outputs, segments, padding_idx)
+
+
+def norm_grad_norms_reference(
+    inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, eps: float, *, center: bool = False, bias: bool = False
+) -> Tensor:
+    """The same by the definition, one sequence after another, in float64.
+
+    Example:
+        >>> norm_grad_norms_reference(torch.ones(2, 2), torch.ones(2, 2), torch.tensor([0, 2]), 0.0, bias=True)
+        tensor([16.], dtype=torch.float64)
+    """
+    norms = []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        x, g = inputs[start:end].double(), grad_outputs[start:end].double()
+        if center:
+            x = x - x.mean(-1, keepdim=True)
+        normalised = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+        norm = (g * normalised).sum(0).square().sum()
+        norms.append(norm + g.sum(0).square().sum() if bias else norm)
+    return torch.stack(norms) if norms else inputs.new_zeros(0, dtype=torch.float64)
+
+
+def embedding_grad_norms_reference(
+    ids: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, *, padding_idx: int | None = None
+) -> Tensor:
+    """The same by the definition, one sequence after another, in float64.
+
+    Example:
+        >>> embedding_grad_norms_reference(torch.tensor([1, 1]), torch.ones(2, 3), torch.tensor([0, 2]))
+        tensor([12.], dtype=torch.float64)
+    """
+    norms = []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        x, g = ids[start:end], grad_outputs[start:end].double()
+        rows = [g[x == token].sum(0) for token in set(x.tolist()) - {padding_idx}]
+        norms.append(torch.stack(rows).square().sum() if rows else g.new_zeros(()))
+    return torch.stack(norms) if norms else grad_outputs.new_zeros(0, dtype=torch.float64)

@@ -1,0 +1,52 @@
+"""The torch path of `norm_grad_norms` and `embedding_grad_norms`. For every device and dtype that torch has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from snr_optim.kernels._segments import Segments, segment_sums
+
+
+def norm(inputs: Tensor, grad_outputs: Tensor, segments: Segments, eps: float, center: bool, bias: bool) -> Tensor:
+    """As `norm_grad_norms`, of checked arguments."""
+    exact = torch.promote_types(grad_outputs.dtype, torch.float32)
+    g = grad_outputs.to(exact)
+    sums = segment_sums(g * normalised(inputs, eps, center), segments)
+    norms = sums.square().sum(-1)
+    return norms + segment_sums(g, segments).square().sum(-1) if bias else norms
+
+
+def normalised(inputs: Tensor, eps: float, center: bool) -> Tensor:
+    """``x^``, in float32 at least."""
+    x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    if center:
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def embedding(ids: Tensor, grad_outputs: Tensor, segments: Segments, padding_idx: int | None) -> Tensor:
+    """As `embedding_grad_norms`, of checked arguments."""
+    exact = torch.promote_types(grad_outputs.dtype, torch.float32)
+    order, number = sort_by_sequence_and_id(ids, segments)
+    g = grad_outputs.to(exact)
+    if padding_idx is not None:
+        g = g.masked_fill((ids == padding_idx)[:, None], 0.0)
+    rows = torch.zeros_like(g).index_add_(0, number, g[order])  # one per id of a sequence, then zeros
+    of_sequence = segments.ids()[order]
+    squares = rows.square().sum(-1)
+    norms = torch.zeros(len(segments), dtype=exact, device=g.device)
+    first = torch.ones_like(number, dtype=torch.bool)
+    first[1:] = number[1:] != number[:-1]
+    return norms.index_add_(0, of_sequence, torch.where(first, squares[number], 0.0))
+
+
+def sort_by_sequence_and_id(ids: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """The order of tokens, and in that order a number for each pair of sequence and id, from 0 on."""
+    by_id = ids.argsort(stable=True)
+    order = by_id[segments.ids()[by_id].argsort(stable=True)]
+    key_id, key_sequence = ids[order], segments.ids()[order]
+    new = torch.ones_like(order)
+    new[:1] = 0
+    new[1:] = (key_id[1:] != key_id[:-1]) | (key_sequence[1:] != key_sequence[:-1])
+    return order, new.cumsum(0)

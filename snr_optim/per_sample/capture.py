@@ -1,0 +1,88 @@
+"""What a layer was given, kept from its forward pass to its backward pass the way autograd keeps its own tensors.
+
+So checkpoints recompute it, offloading brings it back, and a change in place is noticed; and it goes with the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snr_optim.backward import current_backward, keeps_graph
+
+
+class _Keep(torch.autograd.Function):
+    """A node that nobody's gradient goes through; it only has saved tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class Observation:
+    """A hook on the output of one call of a layer; it lives in the graph, and nowhere else.
+
+    Args:
+        counter: how many calls of the layer wait for their gradient.
+        inputs: what the layer was given; None where its rule does not want it.
+        on_gradient: called with the input and the gradient of the output.
+    """
+
+    def __init__(self, counter: Counter, inputs: Tensor | None, on_gradient: Callable[[Observation, Tensor], None]) -> None:
+        self._on_gradient = on_gradient
+        self._counter: Counter | None = None
+        self._node: Any = None
+        if inputs is not None:
+            anchor = torch.empty(0, requires_grad=True)
+            self._node = _Keep.apply(inputs.detach(), anchor).grad_fn  # type: ignore[no-untyped-call]
+        self._wants_inputs = inputs is not None
+        # What a checkpoint recomputes is no further call: its first one waits already.
+        if current_backward() == -1:
+            self._counter = counter
+            counter.waiting += 1
+
+    def __call__(self, gradient: Tensor) -> None:
+        self._on_gradient(self, gradient)
+        if not keeps_graph():
+            self._node = None
+            self._settle()
+
+    def inputs(self) -> Tensor | None:
+        """What the layer was given.
+
+        Raises:
+            RuntimeError: a backward pass was here before and has freed it.
+        """
+        if self._wants_inputs and self._node is None:
+            raise RuntimeError(
+                "a second backward pass through a graph whose activations the first one freed; "
+                "call the first one with retain_graph=True"
+            )
+        return None if self._node is None else self._node.saved_tensors[0]  # type: ignore[no-any-return]
+
+    def others_wait(self) -> bool:
+        """Whether other calls of the layer wait for their gradient, as when a module is called twice."""
+        return self._counter is not None and self._counter.waiting > 1
+
+    def _settle(self) -> None:
+        if self._counter is not None:
+            self._counter.waiting -= 1
+            self._counter = None
+
+    def __del__(self) -> None:
+        self._settle()
+
+
+class Counter:
+    """Calls of a layer whose gradient has not come yet."""
+
+    def __init__(self) -> None:
+        self.waiting = 0

@@ -1,0 +1,191 @@
+"""What a layer does to a parameter in one call: the gradient it adds, kept as the factors that it is a product of.
+
+A use tells its squared norm per unit, its inner product with another use of the same parameter (tied embeddings, a
+module that is called twice), and, to check the others, the gradient itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from snr_optim.kernels import norm_embedding_grad_norms_torch as norms_torch
+from snr_optim.kernels._segments import Segments, segment_sums
+from snr_optim.kernels.linear_grad_norms import linear_grad_norms
+from snr_optim.kernels.linear_grad_norms_torch import exact_dtype
+from snr_optim.kernels.norm_embedding_grad_norms import embedding_grad_norms, norm_grad_norms
+
+COLUMNS = 1 << 25  # numbers in a block of a product of tokens with tokens
+
+
+class Use(Protocol):
+    """A gradient that one call of a layer adds to one of its parameters."""
+
+    def squared(self) -> Tensor:
+        """Squared norm per unit, ``[S]``."""
+
+    def inner(self, other: Use) -> Tensor:
+        """Inner product per unit with another use of the same parameter, ``[S]``."""
+
+    def gradient(self) -> Tensor:
+        """The sum over all units, of the shape of the parameter."""
+
+
+class Source:
+    """The tensor that a layer was given: equal for layers that were given the same one."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor  # kept, or another could come to lie in its place
+        self._mark = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+
+    def is_same(self, other: Source | None) -> bool:
+        return other is not None and self._mark == other._mark
+
+
+@dataclass
+class MatrixUse:
+    """Of a matrix ``[d_out, d_in]``: ``sum_t left_t right_t^T``.
+
+    Attributes:
+        left: ``[N, d_out]``, or ``[N]`` ids that stand for one-hot rows.
+        right: ``[N, d_in]``.
+        segments: bounds of the units in the rows.
+        shape: of the matrix.
+        transposed: whether the parameter is kept as ``[d_in, d_out]``.
+        padding_idx: the id whose row gets no gradient.
+        source: what ``right`` was taken from.
+    """
+
+    left: Tensor
+    right: Tensor
+    segments: Segments
+    shape: tuple[int, int]
+    transposed: bool = False
+    padding_idx: int | None = None
+    source: Source | None = None
+
+    @property
+    def one_hot(self) -> bool:
+        return self.left.dim() == 1
+
+    def squared(self) -> Tensor:
+        if self.one_hot:
+            return embedding_grad_norms(self.left, self.right, self.segments, padding_idx=self.padding_idx)
+        return linear_grad_norms(self.right, self.left, self.segments)
+
+    def inner(self, other: Use) -> Tensor:
+        r"""``sum_{t,u} (left_t . left'_u) (right_t . right'_u)``: nothing of the size of the matrix."""
+        assert isinstance(other, MatrixUse)
+        if self.transposed != other.transposed:
+            raise RuntimeError("a weight is tied to its own transpose: not supported")
+        exact = exact_dtype(self.right, other.right)
+        totals = []
+        for s in range(len(self.segments)):
+            total = torch.zeros((), dtype=exact, device=self.right.device)
+            theirs = slice(*other.segments.bounds[s : s + 2])
+            first, last = self.segments.bounds[s : s + 2]
+            step = max(1, COLUMNS // max(1, theirs.stop - theirs.start))
+            for start in range(first, last, step):
+                mine = slice(start, min(last, start + step))
+                of_right = self._right(mine).to(exact) @ other._right(theirs).to(exact).T
+                total += (of_right * _products(self.left[mine], other.left[theirs], exact)).sum()
+            totals.append(total)
+        return torch.stack(totals)
+
+    def gradient(self) -> Tensor:
+        exact = exact_dtype(self.right)
+        right = self._right(slice(None)).to(exact)
+        if self.one_hot:
+            return right.new_zeros(self.shape).index_add_(0, self.left, right)
+        gradient = self.left.to(exact).T @ right
+        return gradient.T if self.transposed else gradient
+
+    def sketch(self, signs: Tensor) -> Tensor:
+        """``sum_t (left_t R)^T right_t`` per unit for ``R = signs``, ``[d_out, k]``: ``[S, k, d_in]``."""
+        exact = torch.float32 if self.right.dtype == torch.float16 else self.right.dtype
+        projected = signs[self.left].to(exact) if self.one_hot else self.left.to(exact) @ signs.to(exact)
+        right = self._right(slice(None)).to(exact)
+        sums = torch.zeros(len(self.segments), signs.shape[1], right.shape[1], dtype=exact, device=right.device)
+        for stack in self.segments.stacks(most_rows=self.segments.rows):
+            sums[stack.sequences] = stack.of(projected).mT @ stack.of(right)
+        return sums
+
+    def _right(self, rows: slice) -> Tensor:
+        right = self.right[rows]
+        if self.padding_idx is None:
+            return right
+        return right.masked_fill((self.left[rows] == self.padding_idx)[:, None], 0.0)
+
+
+def _products(left: Tensor, other: Tensor, exact: torch.dtype) -> Tensor:
+    """Inner products of rows, of which either side may be ids that stand for one-hot rows: ``[n, m]``."""
+    if left.dim() == 1 and other.dim() == 1:
+        return (left[:, None] == other).to(exact)
+    if left.dim() == 1:
+        return other[:, left].T.to(exact)
+    if other.dim() == 1:
+        return left[:, other].to(exact)
+    return left.to(exact) @ other.to(exact).T
+
+
+class VectorUse:
+    """Of a parameter whose gradient per unit is small enough to be had: biases, scales of norms."""
+
+    def sums(self) -> Tensor:
+        """The gradient per unit, flattened: ``[S, numel]``."""
+        raise NotImplementedError
+
+    def squared(self) -> Tensor:
+        return self.sums().square().sum(-1)
+
+    def inner(self, other: Use) -> Tensor:
+        assert isinstance(other, VectorUse)
+        return (self.sums() * other.sums()).sum(-1)
+
+    def gradient(self) -> Tensor:
+        return self.sums().sum(0)
+
+
+@dataclass
+class BiasUse(VectorUse):
+    """``sum_t G_t``."""
+
+    grad_outputs: Tensor  # [N, d]
+    segments: Segments
+
+    def sums(self) -> Tensor:
+        return segment_sums(self.grad_outputs.to(exact_dtype(self.grad_outputs)), self.segments)
+
+
+@dataclass
+class ScaleUse(VectorUse):
+    """``sum_t G_t x^_t`` of RMSNorm or LayerNorm."""
+
+    inputs: Tensor  # [N, d]
+    grad_outputs: Tensor
+    segments: Segments
+    eps: float
+    center: bool
+
+    def squared(self) -> Tensor:
+        return norm_grad_norms(self.inputs, self.grad_outputs, self.segments, self.eps, center=self.center)
+
+    def sums(self) -> Tensor:
+        g = self.grad_outputs.to(exact_dtype(self.grad_outputs))
+        return segment_sums(g * norms_torch.normalised(self.inputs, self.eps, self.center), self.segments)
+
+
+@dataclass
+class PerUnitUse(VectorUse):
+    """Gradients per unit as they are."""
+
+    gradients: Tensor  # [S, *shape]
+
+    def sums(self) -> Tensor:
+        return self.gradients.flatten(1).to(exact_dtype(self.gradients))
+
+    def gradient(self) -> Tensor:
+        return self.gradients.sum(0)
