@@ -1,4 +1,4 @@
-"""Where the sequences of a packed stream of tokens begin and end: on the device for kernels, on the host for choices."""
+"""Where the sequences of a packed stream of tokens begin: on the device for kernels, on the host for choices."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ class Stack(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """Their part of ``[rows, ...]``, as ``[sequences, length, ...]``."""
-        return x[self.rows].unflatten(0, (-1, self.length))
+        return x[self.rows].view(-1, self.length, *x.shape[1:])
 
 
 def segment_sums(values: Tensor, segments: Segments) -> Tensor:
     """Sum over the rows of each sequence: ``[rows, ...]`` to ``[S, ...]``, in a fixed order."""
     if segments.length is not None and segments.rows:
-        return values.unflatten(0, (len(segments), segments.length)).sum(1)
+        return values.view(len(segments), segments.length, *values.shape[1:]).sum(1)
     lengths = segments.cu_seqlens.diff()
     sums: Tensor = torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)
     return sums

@@ -1,4 +1,4 @@
-"""The torch path of `linear_grad_norms`: batched products of stacks of equal sequences, some rows and columns at a time.
+"""The torch path of `linear_grad_norms`: batched products of stacks of equal sequences, a few rows at a time.
 
 For every device and dtype that torch has.
 """

@@ -1,4 +1,4 @@
-"""Two ops for the layers with few parameters: squared gradient norms of a norm's scale, and of an embedding, per sequence.
+"""Two ops: squared gradient norms, per sequence, of the scale of a norm and of an embedding.
 
 Here: the functions and their float64 references. The paths are next door, ``norm_embedding_grad_norms_torch`` and
 ``norm_embedding_grad_norms_triton``, imported when the first GPU tensor comes.

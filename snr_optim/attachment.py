@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from snr_optim.backward import current_backward, is_nested_step, loss_scale
 from snr_optim.moments import GradientMoments
 from snr_optim.sources import Norm, source_of
-from snr_optim.backward import current_backward, is_nested_step, loss_scale
 from snr_optim.sources.data_parallel import DataParallelSource, runs_several_processes
 
 Observe: TypeAlias = Callable[[list[GradientMoments], int], None]  # moments by group, batches dropped before this one

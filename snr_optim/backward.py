@@ -26,7 +26,7 @@ def current_backward() -> int:
 
 def keeps_graph() -> bool:
     """Whether the running backward pass was called with ``retain_graph``: it may come again."""
-    keeps: bool = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+    keeps: bool = torch._C._autograd._get_current_graph_task_keep_graph()
     return keeps
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from snr_optim import GradientMoments, GradWeightedBaseline, SNRAdaptiveLR
+from snr_optim import GradientMoments, GradWeightedBaseline, PerSampleGradNorms, SNRAdaptiveLR
 
 MICRO_BATCHES = 3
 REL = 1e-6  # what is asked for; float64 gives 1e-14
@@ -342,6 +342,48 @@ def baseline_refused():
         ours(torch.ones(2, 3 + rank), groups=2)
     with pytest.raises(ValueError, match="prompts"):
         ours(torch.ones(2), groups=torch.zeros(2, dtype=torch.long), prompts=torch.full((2,), rank))
+
+
+def per_sample_ddp():
+    per_sample(DistributedDataParallel(Model(), find_unused_parameters=True))
+
+
+def per_sample_fsdp():
+    per_sample(sharded())
+
+
+def per_sample(model):
+    """Each rank gets the norms of its own sequences, over several steps, from training and from norms-only passes."""
+    norms = PerSampleGradNorms(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        alone = Model()
+        alone.load_state_dict(whole(model), strict=False)
+        x = data(dist.get_rank(), step, 0)
+        true = []
+        for sample in x.split(1):
+            found = torch.autograd.grad(alone(sample).square().sum(), list(alone.parameters()), allow_unused=True)
+            true.append(sum(g.square().sum() for g in found if g is not None))
+        if step == 1:
+            with model.no_sync() if hasattr(model, "no_sync") else nullcontext():
+                loss = model(x).square().sum()
+            with norms.sequences(batch_size=len(x)):
+                norms.backward(loss)
+            assert norms.squared() == pytest.approx(torch.stack(true), rel=REL)
+        if step == 2:  # one forward pass for both
+            loss = model(x).square().sum()
+            with norms.sequences(batch_size=len(x)):
+                norms.backward(loss, retain_graph=True)
+            assert norms.squared() == pytest.approx(torch.stack(true), rel=REL)
+            with norms.sequences(batch_size=len(x)):
+                loss.backward()
+            assert norms.squared() == pytest.approx(torch.stack(true), rel=REL)
+            optimizer.zero_grad()
+        with norms.sequences(batch_size=len(x)):
+            model(x).square().sum().backward()
+        assert norms.squared() == pytest.approx(torch.stack(true), rel=REL)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 if __name__ == "__main__":

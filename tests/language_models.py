@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM
-from transformers import Gemma3TextConfig, GemmaConfig, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from snr_optim.kernels.logprob_stats import logprob_stats
 

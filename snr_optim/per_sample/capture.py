@@ -36,10 +36,13 @@ class Observation:
         on_gradient: called with the input and the gradient of the output.
     """
 
-    def __init__(self, counter: Counter, inputs: Tensor | None, on_gradient: Callable[[Observation, Tensor], None]) -> None:
+    _counter: Counter | None = None
+    _node: Any = None
+
+    def __init__(
+        self, counter: Counter, inputs: Tensor | None, on_gradient: Callable[[Observation, Tensor], None]
+    ) -> None:
         self._on_gradient = on_gradient
-        self._counter: Counter | None = None
-        self._node: Any = None
         if inputs is not None:
             anchor = torch.empty(0, requires_grad=True)
             self._node = _Keep.apply(inputs.detach(), anchor).grad_fn  # type: ignore[no-untyped-call]
@@ -66,7 +69,7 @@ class Observation:
                 "a second backward pass through a graph whose activations the first one freed; "
                 "call the first one with retain_graph=True"
             )
-        return None if self._node is None else self._node.saved_tensors[0]  # type: ignore[no-any-return]
+        return None if self._node is None else self._node.saved_tensors[0]
 
     def others_wait(self) -> bool:
         """Whether other calls of the layer wait for their gradient, as when a module is called twice."""

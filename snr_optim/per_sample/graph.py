@@ -32,7 +32,7 @@ def run_without_weight_gradients(loss: Tensor, retain_graph: bool) -> None:
 
 
 def _deepest(root: Node) -> Iterator[GradientEdge]:
-    """Outputs that were marked, and leaves that are no weights, such as embeddings that were made to want a gradient."""
+    """Outputs that were marked, and leaves that are no weights: embeddings that were made to want a gradient."""
     seen, stack = {root}, [root]
     while stack:
         node: Any = stack.pop()

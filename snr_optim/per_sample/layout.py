@@ -98,9 +98,7 @@ class Layout:
         return x.reshape(-1, x.shape[-1]), self._segments[of_item]
 
 
-def _grouped(
-    sequences: Segments, groups: int | Tensor | None, device: torch.device
-) -> tuple[Segments, Tensor | None]:
+def _grouped(sequences: Segments, groups: int | Tensor | None, device: torch.device) -> tuple[Segments, Tensor | None]:
     """The bounds of the units, and the order of items that they want."""
     if groups is None:
         return sequences, None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 import math
-from collections import Counter as Counts
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -16,17 +14,80 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from snr_optim.backward import current_backward, is_nested_backward
-from snr_optim.per_sample.capture import Counter, Observation
+from snr_optim.per_sample.capture import Observation
 from snr_optim.per_sample.check import GradientCheck
 from snr_optim.per_sample.graph import mark_as_deepest, run_without_weight_gradients
+from snr_optim.per_sample.layers import Layer, device_of, layers_of, refuse_compiled, some
 from snr_optim.per_sample.layout import Layout
-from snr_optim.per_sample.rules import Call, Rule, Uses, rule_of
+from snr_optim.per_sample.rules import Call, Rule, Uses
 from snr_optim.per_sample.totals import ExactTotals, SketchTotals, Totals, next_size
 
 FIRST_SKETCH = 16  # columns, before any error is known
 
 
 class PerSampleGradNorms:
+    r"""Squared gradient norm of every sequence of a batch, over all parameters of the model, from one backward pass.
+
+    .. math::
+        w_s = \sum_\theta \Big\| \sum_{t \in s} \nabla_\theta \ell_t \Big\|^2, \qquad
+        \nabla_W = \sum_t g_t a_t^\top \;\Rightarrow\;
+        \|\nabla_W\|_F^2 = \sum_{t,u} (a_t \cdot a_u)(g_t \cdot g_u)
+
+    Hooks see what each layer was given, ``a``, and the gradient of its output, ``g``; the gradients of single
+    sequences are never formed (ghost norms: arXiv 1510.01799, 2205.10683; here with packed sequences, weights used
+    more than once, and the cheaper side of the formula for each layer and length). Model, loss, ``.grad`` and the
+    number of backward passes stay as they are. The weights ``w`` of OBLR-PO (arXiv 2511.23310, theorem 7) for
+    ``l = log pi``.
+
+    **Layers**: ``Linear``, ``Embedding`` (scaled ones too), ``LayerNorm``, ``RMSNorm`` of torch and, tried out on
+    construction, of any library (Llama, Qwen3 with q/k-norm, Gemma's ``1 + w``), GPT-2's ``Conv1D``, hence peft's LoRA.
+    Tied embeddings and modules that are called several times get their cross terms. Frozen parameters do not count.
+    Any other trainable parameter is refused by name, unless ``rules`` covers it.
+
+    **Scale.** The norms are those of the gradient of what ``backward()`` is called on. For ``log_prob_sum``, a sum over
+    sequences, each is that of its own log-probability. A loss ``sum_s c_s log pi(o_s)``, such as a mean
+    (``c = 1 / B``), with advantages, scaled by a ``GradScaler``, has norms ``c_s^2 w_s``: ``squared(scale=c)``
+    divides that out.
+
+    **Works with** micro-batches (a block each), gradient checkpointing, offloading of saved tensors, autocast, DDP and
+    ``fully_shard`` (norms of the rank's own sequences), dropout, ``eval()``. Checkpoints that are reentrant must not
+    hold a module that is called twice. Blocks compiled by ``torch.compile`` are refused; compiling *after* this
+    object was made works, with a graph break at every layer. Layers must treat tokens one by one or sequences apart, so
+    that a gradient belongs to one sequence: batch norms and mixtures of experts have no rule.
+
+    Args:
+        model: as it will be trained: wrapped, frozen and with its adapters. It is hooked until :meth:`remove`, or until
+            this object goes.
+        method: ``"exact"``; or ``"sketch"``, random projections of the gradients, linear in the tokens and
+            unbiased, for sequences so long that they are cheaper.
+        parameters: which to count, by their names; all by default. ``lambda name: "norm" in name`` counts norms alone.
+        rules: for other layers, by class: ``by_autograd`` works for any layer with few parameters.
+        relative_error: wanted standard error of a sketch, relative to the norm; each block is sketched as finely
+            as the errors of the one before suggest. ``sketch_size`` is the number of columns; set it to start
+            elsewhere.
+        seed: of the sketches. Ranks with the same seed draw the same signs.
+        check: compare, in the first block with a training backward pass, every parameter's gradient with what the
+            layers account for: it takes about as long as the weight gradients, and finds weights that are used
+            where no hook sees it.
+
+    Raises:
+        ValueError: a trainable parameter without a rule, none at all, several devices, compiled modules, options
+            that do not exist.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 1, bias=False))
+        >>> for p in model.parameters():
+        ...     _ = nn.init.ones_(p)
+        >>> norms = PerSampleGradNorms(model)
+        >>> output = model(torch.tensor([[0, 1], [2, 2]]))
+        >>> with norms.sequences(batch_size=2):
+        ...     output.sum().backward()
+        >>> norms.squared()     # the second sequence uses one row twice
+        tensor([18., 24.])
+        >>> model[1].weight.grad
+        tensor([[4., 4., 4.]])
+    """
+
     def __init__(
         self,
         model: nn.Module,
@@ -44,12 +105,12 @@ class PerSampleGradNorms:
             raise ValueError(f"relative_error: expected a number between 0 and 1, got {relative_error!r}")
         self.method, self.relative_error, self.seed = method, relative_error, seed
         self.sketch_size = FIRST_SKETCH
-        self._model = weakref.ref(model)
+        self._model = model
         self._wanted = parameters or (lambda name: True)
-        self._layers = _layers_of(model, self._wanted, rules or {})
+        self._layers = layers_of(model, self._wanted, rules or {})
         self._covered = {name for layer in self._layers for name in layer.names.values()}
-        self._device = _device_of(model, self._covered)
-        _refuse_compiled(model)
+        self._device = device_of(model, self._covered)
+        refuse_compiled(model)
         self._check: GradientCheck | None = GradientCheck() if check else None
         self._block: _Block | None = None
         self._blocks = 0
@@ -61,7 +122,7 @@ class PerSampleGradNorms:
         ]
         for name, p in model.named_parameters():
             if name in self._covered and not hasattr(p, "placements"):
-                handles.append(p.register_hook(partial(_on_parameter, me, name)))
+                handles.append(p.register_hook(partial(_on_parameter, me, name)))  # type: ignore[no-untyped-call]
         self._remove = weakref.finalize(self, _remove_all, handles)
 
     # -- what the user calls ------------------------------------------------------------------------
@@ -74,8 +135,26 @@ class PerSampleGradNorms:
         cu_seqlens: Tensor | None = None,
         groups: int | Tensor | None = None,
     ) -> Iterator[None]:
+        """The backward pass within is measured; exactly one, of a forward pass before or within.
+
+        Args:
+            batch_size: of a padded batch, whose activations are ``[batch_size, ...]``. Padding needs no mask: it has no
+                gradient.
+            cu_seqlens: of a packed batch, whose activations are ``[1, N, ...]`` or ``[N, ...]``: ``0`` and the
+                end of each sequence, ``[S + 1]`` integers. Brought to the host once.
+            groups: take several sequences as one unit, the prompt's: a number of neighbours, or an id per sequence
+                (then units are in ascending order of ids). The norm is that of the sum of their gradients.
+
+        Raises:
+            TypeError, ValueError: bad arguments; or activations, in the backward pass, that have other sequences.
+            RuntimeError: no backward pass within, or a second one; a graph that an earlier one has freed; gradients of
+                parameters that no layer accounts for; parameters that became trainable meanwhile; blocks within
+                blocks. An error, or any exception within the block, leaves no norms and no state behind.
+        """
         if (batch_size is None) == (cu_seqlens is None):
-            raise ValueError("batch_size, cu_seqlens: expected one of them: batch_size for padded, cu_seqlens for packed")
+            raise ValueError(
+                "batch_size, cu_seqlens: expected one of them: batch_size for padded, cu_seqlens for packed"
+            )
         if self._block is not None:
             raise RuntimeError("sequences: the previous block is still open")
         if not self._remove.alive:
@@ -105,19 +184,47 @@ class PerSampleGradNorms:
             if self._check is not None:
                 self._check.clear()
         self._blocks += 1
-        if self._result[1] is not None:
-            self.sketch_size = next_size(self.sketch_size, *self._result, self.relative_error)
+        squared, variances = self._result
+        if variances is not None:
+            self.sketch_size = next_size(self.sketch_size, squared, variances, self.relative_error)
 
     def backward(self, log_prob_sum: Tensor, *, retain_graph: bool = False) -> None:
+        """A backward pass for the norms alone, within a block: no weight gradient is computed, no ``.grad`` touched.
+
+        Where the loss depends on the norms. With ``retain_graph=True`` the training backward pass follows on the same
+        graph. Under DDP, a forward pass for this alone belongs into ``no_sync()``. Not with reentrant checkpoints.
+
+        Args:
+            log_prob_sum: a scalar.
+            retain_graph: keep the graph for another backward pass.
+
+        Raises:
+            ValueError: no scalar, or none with a graph.
+            RuntimeError: outside of a block.
+        """
         if self._block is None:
             raise RuntimeError("backward: expected within `with norms.sequences(...)`")
         run_without_weight_gradients(log_prob_sum, retain_graph)
 
     def squared(self, scale: float | Tensor = 1.0) -> Tensor:
+        """Squared norms of the last block.
+
+        Args:
+            scale: what the loss multiplied each ``log pi(o_s)`` by: a number, or one per unit.
+
+        Returns:
+            ``[S]``, float32 (float64 for a float64 model), without gradient; NaN where ``scale`` is 0, 0 for
+            empty sequences. NaN in one sequence does not touch others.
+
+        Raises:
+            RuntimeError: no block has been completed.
+            ValueError: ``scale`` of another shape.
+        """
         norms, _ = self._finished()
         return norms / _square(scale, norms)
 
     def standard_error(self, scale: float | Tensor = 1.0) -> Tensor:
+        """Estimated standard error of each of the :meth:`squared` norms: 0 where they are exact."""
         norms, variances = self._finished()
         if variances is None:
             return torch.zeros_like(norms)
@@ -133,19 +240,16 @@ class PerSampleGradNorms:
         return self._result
 
     def _expect_known_parameters(self) -> None:
-        model = self._model()
-        if model is None:
-            raise RuntimeError("sequences: the model is gone")
-        now = {name for name, p in model.named_parameters() if p.requires_grad and self._wanted(name)}
+        now = {name for name, p in self._model.named_parameters() if p.requires_grad and self._wanted(name)}
         if new := sorted(now - self._covered):
             raise RuntimeError(
-                f"model: {_some(new)} became trainable after PerSampleGradNorms was made; make it anew, "
+                f"model: {some(new)} became trainable after PerSampleGradNorms was made; make it anew, "
                 "when the model is wrapped and frozen as it will be trained"
             )
 
     # -- what the hooks call ------------------------------------------------------------------------
 
-    def _on_gradient(self, layer: _Layer, trained: list[str], observed: Observation, gradient: Tensor) -> None:
+    def _on_gradient(self, layer: Layer, trained: list[str], observed: Observation, gradient: Tensor) -> None:
         """The gradient of a layer's output has come."""
         block = self._block
         if block is None:
@@ -187,8 +291,8 @@ class _Block:
         self.used: set[str] = set()  # parameters, by name
         self.lowest = torch.float64  # precision among the gradients
         self._passes: set[int] = set()
-        self._counted: set[_Layer] = set()  # layers whose norms are in the totals
-        self._kept: set[_Layer] = set()
+        self._counted: set[Layer] = set()  # layers whose norms are in the totals
+        self._kept: set[Layer] = set()
 
     def enter(self, number: int) -> None:
         """A gradient came in this run of autograd.
@@ -205,7 +309,7 @@ class _Block:
             raise RuntimeError("sequences: a second backward pass within one block; take a block for each")
         self.backward = number
 
-    def report(self, layer: _Layer, uses: Uses, once: bool) -> None:
+    def report(self, layer: Layer, uses: Uses, once: bool) -> None:
         """Count the uses, or keep those whose parameters have others."""
         if layer in self._counted:
             raise RuntimeError(
@@ -221,27 +325,17 @@ class _Block:
         self.used.update(layer.names[local] for local in uses)
 
 
-@dataclass(eq=False)
-class _Layer:
-    """A module with parameters of its own that are covered."""
-
-    name: str
-    module: nn.Module
-    rule: Rule
-    names: dict[str, str]  # of its parameters: within the module, and within the model
-    shared: set[str]  # those, by their names within the model, that other modules own too
-    calls: Counter = field(default_factory=Counter)
-
-
 def _on_forward(
-    recorder: weakref.ref[PerSampleGradNorms], layer: _Layer, module: nn.Module, args: Any, kwargs: Any, output: Any
+    recorder: weakref.ref[PerSampleGradNorms], layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: Any
 ) -> None:
     """A layer was called: hook its output, if a gradient may come."""
     if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(output):
         return  # torch.func differentiates by its own ways
-    trained = [local for local, p in module._parameters.items() if local in layer.names and p is not None and p.requires_grad]
+    trained = [
+        local for local, p in module._parameters.items() if local in layer.names and p is not None and p.requires_grad
+    ]
     given: Tensor = args[0] if args else next(iter(kwargs.values()))
     if not given.requires_grad:
         mark_as_deepest(output)
@@ -253,7 +347,7 @@ def _on_forward(
         if me is not None:
             me._on_gradient(layer, trained, observed, gradient)
 
-    output.register_hook(Observation(layer.calls, given, on_gradient))
+    output.register_hook(Observation(layer.calls, given, on_gradient))  # type: ignore[no-untyped-call]
 
 
 def _on_parameter(recorder: weakref.ref[PerSampleGradNorms], name: str, gradient: Tensor) -> None:
@@ -265,58 +359,6 @@ def _on_parameter(recorder: weakref.ref[PerSampleGradNorms], name: str, gradient
 def _remove_all(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
-
-
-# ------------------------------------------------------------------------------------------------- looking at the model
-def _layers_of(
-    model: nn.Module, wanted: Callable[[str], bool], rules: Mapping[type[nn.Module], Rule]
-) -> list[_Layer]:
-    names: dict[int, str] = {}  # a parameter's first name
-    owners: Counts[str] = Counts()
-    for name, module in model.named_modules():
-        for local, p in module._parameters.items():
-            if p is not None and p.requires_grad:
-                full = names.setdefault(id(p), f"{name}.{local}" if name else local)
-                owners[full] += 1
-    layers, missing = [], []
-    for name, module in model.named_modules():
-        own = {
-            local: names[id(p)] for local, p in module._parameters.items() if p is not None and id(p) in names
-        }
-        own = {local: full for local, full in own.items() if wanted(full)}
-        if not own:
-            continue
-        rule = rule_of(module, rules)
-        if rule is None:
-            missing += [f"{full!r} ({type(module).__name__})" for full in own.values()]
-        else:
-            layers.append(_Layer(name, module, rule, own, {full for full in own.values() if owners[full] > 1}))
-    if missing:
-        raise ValueError(
-            f"model: no rule for {_some(missing)}. Freeze them, leave them out on purpose by parameters=, or give a rule "
-            "by rules={the layer's class: by_autograd}"
-        )
-    if not layers:
-        raise ValueError("model: expected at least one parameter with requires_grad")
-    return layers
-
-
-def _device_of(model: nn.Module, names: set[str]) -> torch.device:
-    devices = {p.device for name, p in model.named_parameters() if name in names}
-    if len(devices) > 1:
-        found = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"model: expected all parameters on one device, got {found}")
-    return devices.pop()
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise ValueError(f"model: {name or 'it'} is compiled by torch.compile, which hooks cannot look into")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _square(scale: float | Tensor, norms: Tensor) -> Tensor:

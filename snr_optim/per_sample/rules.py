@@ -36,7 +36,7 @@ class Call:
 Rule: TypeAlias = Callable[[Call], Uses]
 
 
-# ------------------------------------------------------------------------------------------------------------- the rules
+# ----------------------------------------------------------------------------------------------------------- the rules
 def linear(call: Call) -> Uses:
     """``y = x W^T + b``."""
     return _affine(call, transposed=False)
@@ -72,9 +72,9 @@ class Embedding:
         ids = call.layout.cut(call.inputs.unsqueeze(-1))[0].flatten()
         if self.scale != 1.0:
             gradient = gradient * self.scale
-        weight = call.module.weight
-        padding_idx = getattr(call.module, "padding_idx", None)
-        return {"weight": MatrixUse(ids, gradient, segments, tuple(weight.shape), padding_idx=padding_idx)}
+        module: Any = call.module
+        shape = (len(module.weight), gradient.shape[1])
+        return {"weight": MatrixUse(ids, gradient, segments, shape, padding_idx=module.padding_idx)}
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,10 @@ def by_autograd(call: Call) -> Uses:
         RuntimeError: units are groups whose sequences are not neighbours.
     """
     module, layout = call.module, call.layout
-    parameters: dict[str, Any] = {name: module._parameters[name] for name in call.trained}
+    parameters: dict[str, Any] = {
+        name: module._parameters[name].detach().requires_grad_()  # type: ignore[union-attr]
+        for name in call.trained
+    }
     inputs, gradient = layout.items_of(call.inputs), layout.items_of(call.grad_output)
     of_unit: list[tuple[Tensor, ...]] = []
     for items in layout.neighbours():
@@ -122,13 +125,13 @@ def by_autograd(call: Call) -> Uses:
         if layout.packed and call.inputs.shape[0] == 1:
             x, g = x[None], g[None]
         with torch.enable_grad():
-            y = _without_hooks(module, dict(module._parameters)).forward(x)
+            y = _without_hooks(module, module._parameters | parameters).forward(x)
         found = torch.autograd.grad(y, list(parameters.values()), g, materialize_grads=True, allow_unused=True)
         of_unit.append(found)
     return {name: PerUnitUse(torch.stack(gs)) for name, gs in zip(parameters, zip(*of_unit, strict=True), strict=True)}
 
 
-# ------------------------------------------------------------------------------------------------------ which rule for whom
+# -------------------------------------------------------------------------------------------------- which rule for whom
 def rule_of(module: nn.Module, own: Mapping[type[nn.Module], Rule]) -> Rule | None:
     """The rule for a module, by the user's own rules first; None where there is none."""
     for cls, rule in own.items():
@@ -209,7 +212,9 @@ def _norm_alike(module: nn.Module) -> Rule | None:
             z = normalised((0.01 * x).to(torch.float32) if in_float32 else 0.01 * x, eps, center)
             if torch.allclose(gradients[0].double(), (g * z).sum((0, 1)), rtol=1e-11, atol=1e-11):
                 return Norm(center, eps, in_float32)
-        if torch.allclose(gradients[0].double(), (g * normalised(0.01 * x, eps, center)).sum((0, 1)), rtol=1e-4, atol=1e-5):
+        if torch.allclose(
+            gradients[0].double(), (g * normalised(0.01 * x, eps, center)).sum((0, 1)), rtol=1e-4, atol=1e-5
+        ):
             return Norm(center, eps, in_float32=True)
     return None
 

@@ -81,25 +81,26 @@ class SketchTotals:
         self._parts, self._variances = [torch.zeros(num, device=device)], [torch.zeros(num, device=device)]
         self._size, self._seed = size, seed
         self._signs: dict[str, int] = {}
+        self._sketched: dict[str, bool] = {}
         self._kept: dict[str, list[Tensor]] = {}
         self._exact = ExactTotals(num, device)
 
     def add(self, names: dict[str, str], uses: Uses) -> None:
         for local, use in uses.items():
-            if isinstance(use, MatrixUse) and self._saves(use):
+            if isinstance(use, MatrixUse) and not use.one_hot and self._saves(use):
                 self._estimate(self._sketch(names[local], use))
             else:
                 self._exact.add(names, {local: use})
 
-    def _saves(self, use: MatrixUse) -> bool:
-        """Whether projections cost less than the exact norm: not with short sequences, nor with narrow matrices."""
-        return not use.one_hot and 2 * self._size < use.segments.max_length and self._size < use.shape[0]
-
     def keep(self, name: str, use: Use) -> None:
-        if isinstance(use, MatrixUse):
+        if isinstance(use, MatrixUse) and self._sketched.setdefault(name, self._saves(use)):  # all uses, or none
             self._kept.setdefault(name, []).append(self._sketch(name, use))
         else:
             self._exact.keep(name, use)
+
+    def _saves(self, use: MatrixUse) -> bool:
+        """Whether projections cost less than the exact norm: not with short sequences, nor with narrow matrices."""
+        return 2 * self._size < use.segments.max_length and self._size < use.shape[0]
 
     def _sketch(self, name: str, use: MatrixUse) -> Tensor:
         number = self._signs.setdefault(name, len(self._signs))  # the same signs for all uses of a parameter

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from snr_optim.moments import ROUNDING, GradientMoments
 from snr_optim.backward import at_end_of_backward, current_backward, is_nested_backward
+from snr_optim.moments import ROUNDING, GradientMoments
 from snr_optim.sources.norms import Norm, euclidean
 from snr_optim.sources.record import BackwardPass, Batch, GradState, Origin, SubBatch, difference, sum_of_squares
 

@@ -1,0 +1,81 @@
+"""The layers of a model: which parameters each of them owns, which of those others own too, and its rule."""
+
+from __future__ import annotations
+
+from collections import Counter as Counts
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from snr_optim.per_sample.capture import Counter
+from snr_optim.per_sample.rules import Rule, rule_of
+
+
+@dataclass(eq=False)
+class Layer:
+    """A module with parameters of its own that are covered."""
+
+    name: str
+    module: nn.Module
+    rule: Rule
+    names: dict[str, str]  # of its parameters: within the module, and within the model
+    shared: set[str]  # those, by their names within the model, that other modules own too
+    calls: Counter = field(default_factory=Counter)
+
+
+def layers_of(model: nn.Module, wanted: Callable[[str], bool], rules: Mapping[type[nn.Module], Rule]) -> list[Layer]:
+    names: dict[int, str] = {}  # a parameter's first name
+    owners: Counts[str] = Counts()
+    for name, module in model.named_modules():
+        for local, p in module._parameters.items():
+            if p is not None and p.requires_grad:
+                full = names.setdefault(id(p), f"{name}.{local}" if name else local)
+                owners[full] += 1
+    layers, missing = [], []
+    for name, module in model.named_modules():
+        own = {local: names[id(p)] for local, p in module._parameters.items() if p is not None and id(p) in names}
+        own = {local: full for local, full in own.items() if wanted(full)}
+        if not own:
+            continue
+        rule = rule_of(module, rules)
+        if rule is None:
+            missing += [f"{full!r} ({type(module).__name__})" for full in own.values()]
+        else:
+            layers.append(Layer(name, module, rule, own, {full for full in own.values() if owners[full] > 1}))
+    if missing:
+        raise ValueError(
+            f"model: no rule for {some(missing)}. Freeze them, leave them out on purpose by parameters=, "
+            "or give a rule by rules={the layer's class: by_autograd}"
+        )
+    if not layers:
+        raise ValueError("model: expected at least one parameter with requires_grad")
+    return layers
+
+
+def device_of(model: nn.Module, names: set[str]) -> torch.device:
+    """The device of these parameters.
+
+    Raises:
+        ValueError: there are several.
+    """
+    devices = {p.device for name, p in model.named_parameters() if name in names}
+    if len(devices) > 1:
+        found = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"model: expected all parameters on one device, got {found}")
+    return devices.pop()
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise a ValueError that names the first module that is compiled."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"model: {name or 'it'} is compiled by torch.compile, which hooks cannot look into; compile it later"
+            )
+
+
+def some(names: list[str]) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
