@@ -5,6 +5,7 @@ So checkpoints recompute it, offloading brings it back, and a change in place is
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,32 +32,31 @@ class Observation:
     """A hook on the output of one call of a layer; it lives in the graph, and nowhere else.
 
     Args:
-        counter: how many calls of the layer wait for their gradient.
+        waiting: the calls of the layer whose gradient has not come yet.
         inputs: what the layer was given; None where its rule does not want it.
         on_gradient: called with the input and the gradient of the output.
     """
 
-    _counter: Counter | None = None
-    _node: Any = None
-
     def __init__(
-        self, counter: Counter, inputs: Tensor | None, on_gradient: Callable[[Observation, Tensor], None]
+        self,
+        waiting: weakref.WeakSet[Observation],
+        inputs: Tensor | None,
+        on_gradient: Callable[[Observation, Tensor], None],
     ) -> None:
-        self._on_gradient = on_gradient
+        self._on_gradient, self._waiting = on_gradient, waiting
+        self._wants_inputs = inputs is not None
+        self._node: Any = None
         if inputs is not None:
             anchor = torch.empty(0, requires_grad=True)
             self._node = _Keep.apply(inputs.detach(), anchor).grad_fn  # type: ignore[no-untyped-call]
-        self._wants_inputs = inputs is not None
-        # What a checkpoint recomputes is no further call: its first one waits already.
-        if current_backward() == -1:
-            self._counter = counter
-            counter.waiting += 1
+        if current_backward() == -1:  # what a checkpoint recomputes is no further call: its first one waits already
+            waiting.add(self)
 
     def __call__(self, gradient: Tensor) -> None:
         self._on_gradient(self, gradient)
         if not keeps_graph():
             self._node = None
-            self._settle()
+            self._waiting.discard(self)
 
     def inputs(self) -> Tensor | None:
         """What the layer was given.
@@ -73,19 +73,4 @@ class Observation:
 
     def others_wait(self) -> bool:
         """Whether other calls of the layer wait for their gradient, as when a module is called twice."""
-        return self._counter is not None and self._counter.waiting > 1
-
-    def _settle(self) -> None:
-        if self._counter is not None:
-            self._counter.waiting -= 1
-            self._counter = None
-
-    def __del__(self) -> None:
-        self._settle()
-
-
-class Counter:
-    """Calls of a layer whose gradient has not come yet."""
-
-    def __init__(self) -> None:
-        self.waiting = 0
+        return len(self._waiting) > (self in self._waiting)

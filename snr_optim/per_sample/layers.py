@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter as Counts
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
-from snr_optim.per_sample.capture import Counter
+from snr_optim.per_sample.capture import Observation
 from snr_optim.per_sample.rules import Rule, rule_of
 
 
@@ -22,7 +23,7 @@ class Layer:
     rule: Rule
     names: dict[str, str]  # of its parameters: within the module, and within the model
     shared: set[str]  # those, by their names within the model, that other modules own too
-    calls: Counter = field(default_factory=Counter)
+    waiting: WeakSet[Observation] = field(default_factory=WeakSet)  # calls whose gradient has not come yet
 
 
 def layers_of(model: nn.Module, wanted: Callable[[str], bool], rules: Mapping[type[nn.Module], Rule]) -> list[Layer]:

@@ -97,6 +97,11 @@ class Layout:
             self._segments[of_item] = self._units.times(of_item)
         return x.reshape(-1, x.shape[-1]), self._segments[of_item]
 
+    def cut_ids(self, ids: Tensor) -> tuple[Tensor, Segments]:
+        """The same of ids ``[...]``: ``[N]``."""
+        vectors, segments = self.cut(ids.unsqueeze(-1))
+        return vectors.squeeze(-1), segments
+
 
 def _grouped(sequences: Segments, groups: int | Tensor | None, device: torch.device) -> tuple[Segments, Tensor | None]:
     """The bounds of the units, and the order of items that they want."""

@@ -19,7 +19,7 @@ from snr_optim.per_sample.check import GradientCheck
 from snr_optim.per_sample.graph import mark_as_deepest, run_without_weight_gradients
 from snr_optim.per_sample.layers import Layer, device_of, layers_of, refuse_compiled, some
 from snr_optim.per_sample.layout import Layout
-from snr_optim.per_sample.rules import Call, Rule, Uses
+from snr_optim.per_sample.rules import Call, Embedding, Rule, Uses
 from snr_optim.per_sample.totals import ExactTotals, SketchTotals, Totals, next_size
 
 FIRST_SKETCH = 16  # columns, before any error is known
@@ -265,8 +265,17 @@ class PerSampleGradNorms:
             named = {layer.names[local]: use for local, use in uses.items()}
             if self._check is not None:
                 self._check.expect(named)
-            block.report(layer, uses, once=not observed.others_wait())
+            once = not observed.others_wait()
+            tied = {local: self._tied_ids(layer, layer.names[local]) for local in uses if once}
+            block.report(layer, uses, once, tied)
             block.lowest = min(block.lowest, gradient.dtype, key=lambda dtype: dtype.itemsize)
+
+    def _tied_ids(self, layer: Layer, name: str) -> Tensor | None:
+        """What an embedding was given whose weight the layer shares, if there is no further use of it."""
+        others = [other for other in self._layers if other is not layer and name in other.names.values()]
+        if len(others) != 1 or not isinstance(others[0].rule, Embedding) or len(others[0].waiting) != 1:
+            return None
+        return next(iter(others[0].waiting)).inputs()
 
     def _on_parameter(self, name: str, gradient: Tensor) -> None:
         """The gradient of a parameter is about to be accumulated."""
@@ -309,8 +318,8 @@ class _Block:
             raise RuntimeError("sequences: a second backward pass within one block; take a block for each")
         self.backward = number
 
-    def report(self, layer: Layer, uses: Uses, once: bool) -> None:
-        """Count the uses, or keep those whose parameters have others."""
+    def report(self, layer: Layer, uses: Uses, once: bool, tied: Mapping[str, Tensor | None]) -> None:
+        """Count the uses, or keep those whose parameters have others; ``tied``: ids, if an embedding has it."""
         if layer in self._counted:
             raise RuntimeError(
                 f"{layer.name!r} is called several times under a reentrant checkpoint, which does not tell before it "
@@ -320,7 +329,8 @@ class _Block:
         kept = {local for local in uses if not once or layer.names[local] in layer.shared}
         self.totals.add(layer.names, {local: use for local, use in uses.items() if local not in kept})
         for local in kept:
-            self.totals.keep(layer.names[local], uses[local])
+            ids = tied.get(local)
+            self.totals.keep(layer.names[local], uses[local], None if ids is None else self.layout.cut_ids(ids))
         (self._counted if once else self._kept).add(layer)
         self.used.update(layer.names[local] for local in uses)
 
@@ -347,7 +357,7 @@ def _on_forward(
         if me is not None:
             me._on_gradient(layer, trained, observed, gradient)
 
-    output.register_hook(Observation(layer.calls, given, on_gradient))  # type: ignore[no-untyped-call]
+    output.register_hook(Observation(layer.waiting, given, on_gradient))  # type: ignore[no-untyped-call]
 
 
 def _on_parameter(recorder: weakref.ref[PerSampleGradNorms], name: str, gradient: Tensor) -> None:

@@ -69,7 +69,7 @@ class Embedding:
 
     def __call__(self, call: Call) -> Uses:
         gradient, segments = call.layout.cut(call.grad_output)
-        ids = call.layout.cut(call.inputs.unsqueeze(-1))[0].flatten()
+        ids, _ = call.layout.cut_ids(call.inputs)
         if self.scale != 1.0:
             gradient = gradient * self.scale
         module: Any = call.module

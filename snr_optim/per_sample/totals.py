@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from snr_optim.kernels._segments import Segments
 from snr_optim.kernels.linear_grad_norms import linear_grad_norms
 from snr_optim.per_sample.rules import Uses
 from snr_optim.per_sample.uses import BiasUse, MatrixUse, Use
+
+Ids: TypeAlias = tuple[Tensor, Segments]  # and the bounds of the units
 
 
 class Totals(Protocol):
@@ -20,8 +23,8 @@ class Totals(Protocol):
     def add(self, names: dict[str, str], uses: Uses) -> None:
         """The uses of a layer whose parameters, ``names`` by their names within the layer, have no other use."""
 
-    def keep(self, name: str, use: Use) -> None:
-        """One of several uses of a parameter."""
+    def keep(self, name: str, use: Use, tied: Ids | None) -> None:
+        """One of several uses of a parameter; ``tied``: what an embedding was given, if that is the only other use."""
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
         """Squared norms, ``[S]``; and the variances of their estimates."""
@@ -58,14 +61,16 @@ class ExactTotals:
         self._parts.append(linear_grad_norms(first.right, gradients, first.segments, bias=bias))
         self._queue.clear()
 
-    def keep(self, name: str, use: Use) -> None:
+    def keep(self, name: str, use: Use, tied: Ids | None) -> None:
+        if tied is not None and isinstance(use, MatrixUse) and not use.one_hot:
+            use = use.narrowed(*tied)
         self._kept.setdefault(name, []).append(use)
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
         self._flush()
         for uses in self._kept.values():
             self._parts += [use.squared() for use in uses]
-            self._parts += [2 * use.inner(other) for i, use in enumerate(uses) for other in uses[:i]]
+            self._parts += [2 * other.inner(use) for i, use in enumerate(uses) for other in uses[:i]]
         self._kept.clear()
         return _sum(self._parts), None
 
@@ -92,11 +97,11 @@ class SketchTotals:
             else:
                 self._exact.add(names, {local: use})
 
-    def keep(self, name: str, use: Use) -> None:
+    def keep(self, name: str, use: Use, tied: Ids | None) -> None:
         if isinstance(use, MatrixUse) and self._sketched.setdefault(name, self._saves(use)):  # all uses, or none
             self._kept.setdefault(name, []).append(self._sketch(name, use))
         else:
-            self._exact.keep(name, use)
+            self._exact.keep(name, use, tied)
 
     def _saves(self, use: MatrixUse) -> bool:
         """Whether projections cost less than the exact norm: not with short sequences, nor with narrow matrices."""

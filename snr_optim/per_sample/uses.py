@@ -7,6 +7,7 @@ module that is called twice), and, to check the others, the gradient itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -95,6 +96,13 @@ class MatrixUse:
             totals.append(total)
         return torch.stack(totals)
 
+    def narrowed(self, ids: Tensor, segments: Segments) -> NarrowUse:
+        """For its inner product with a use of these ids, and with no other: only those columns of ``left`` are kept."""
+        columns = []
+        for mine, theirs in zip(pairwise(self.segments.bounds), pairwise(segments.bounds), strict=True):
+            columns.append(self.left[slice(*mine)][:, ids[slice(*theirs)]])
+        return NarrowUse(self.squared(), columns, self.right, self.segments)
+
     def gradient(self) -> Tensor:
         exact = exact_dtype(self.right)
         right = self._right(slice(None)).to(exact)
@@ -118,6 +126,36 @@ class MatrixUse:
         if self.padding_idx is None:
             return right
         return right.masked_fill((self.left[rows] == self.padding_idx)[:, None], 0.0)
+
+
+@dataclass
+class NarrowUse:
+    """What is left of the use of a matrix that is tied to an embedding: its norm, and what the ids select of it.
+
+    The gradient of all logits would otherwise stay in memory until the embedding's comes, last of all.
+    """
+
+    norms: Tensor
+    columns: list[Tensor]  # of each unit, [T, number of ids]
+    right: Tensor
+    segments: Segments
+
+    def squared(self) -> Tensor:
+        return self.norms
+
+    def inner(self, other: Use) -> Tensor:
+        assert isinstance(other, MatrixUse)
+        assert other.one_hot
+        totals = []
+        for s, columns in enumerate(self.columns):
+            mine, theirs = (slice(*bounds[s : s + 2]) for bounds in (self.segments.bounds, other.segments.bounds))
+            exact = self.norms.dtype
+            of_right = self.right[mine].to(exact) @ other._right(theirs).to(exact).T
+            totals.append((of_right * columns.to(exact)).sum())
+        return torch.stack(totals)
+
+    def gradient(self) -> Tensor:
+        raise NotImplementedError("checked before it was narrowed")
 
 
 def _products(left: Tensor, other: Tensor, exact: torch.dtype) -> Tensor:
