@@ -20,6 +20,9 @@ bench: .venv/ready           ## minutes each; then the studies that train: three
 	$(BIN)/python -m benchmarks.estimators --out runs/bench
 	$(BIN)/python -m benchmarks.attach_overhead --out runs/bench
 	$(BIN)/python -m benchmarks.baseline_speed --out runs/bench
+	$(BIN)/python -m benchmarks.linear_grad_norms --out runs/bench
+	$(BIN)/python -m benchmarks.per_sample_norms --out runs/bench
+	$(BIN)/python -m benchmarks.proxy_fidelity --out runs/bench
 	$(BIN)/python -m benchmarks.baseline_variance
 	$(BIN)/python -m benchmarks.learning_curves
 	$(BIN)/python -m benchmarks.lr_ceilings
@@ -27,13 +30,18 @@ bench: .venv/ready           ## minutes each; then the studies that train: three
 
 peers: .venv/ready           ## the code bases that `make bench` compares with, where they are missing
 	$(BIN)/pip install -q -c constraints.txt trl liger-kernel ray tensordict hydra-core codetiming orjson
+	$(BIN)/pip install -q -c constraints.txt opacus einops unfoldnd
+	$(BIN)/pip install -q --no-deps backpack-for-pytorch==1.7.1 # it wants torchvision, which it needs for examples only
 	$(BIN)/pip install -q --no-deps verl==0.9.1 # its pins are older than ours; the functions compared need none
 
 gpu: OUT ?= runs/gpu
 gpu:                         ## tests and benchmarks on the accelerator of this machine, with its own torch
 	mkdir -p $(OUT)
-	$(PYTHON) -m pytest -q tests/test_device.py tests/test_logprob_stats.py
+	$(PYTHON) -m pytest -q tests/test_device.py tests/test_logprob_stats.py tests/test_linear_grad_norms.py \
+		tests/test_norm_embedding_grad_norms.py
 	$(PYTHON) -m benchmarks.logprob_stats --out $(OUT) --plot $(OUT)/logprob_stats.png
+	$(PYTHON) -m benchmarks.linear_grad_norms --device cuda --out $(OUT)
+	$(PYTHON) -m benchmarks.per_sample_norms --device cuda --turns 3 --out $(OUT)
 	$(PYTHON) -m benchmarks.attach_overhead --device cuda --steps 20 --out $(OUT)
 	$(PYTHON) -m benchmarks.baseline_speed --device cuda --out $(OUT)
 	PYTHONPATH=. $(PYTHON) examples/qwen3_arithmetic.py --device cuda --steps 50 --out $(OUT)/qwen3_arithmetic

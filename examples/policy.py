@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from snr_optim import logit_grad_norms, per_sample_grad_norms_func
+from snr_optim import PerSampleGradNorms, logit_grad_norms
 from snr_optim.kernels.logprob_stats import logprob_stats
 
 Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -114,12 +114,16 @@ def sequence_log_probs(model: Any, rollout: Rollout) -> Tensor:
     return (log_probs * rollout["completion_mask"]).sum(1)
 
 
-def baseline_weights(kind: str, model: PreTrainedModel, rollout: Rollout) -> Tensor | None:
+def baseline_weights(
+    kind: str, model: PreTrainedModel, rollout: Rollout, norms: PerSampleGradNorms | None = None
+) -> Tensor | None:
     """``w_i = ||grad log pi(o_i)||^2``: exact, by a stand-in that needs a forward pass only, or all alike."""
     if kind == "exact":
-        return per_sample_grad_norms_func(
-            model, lambda model, one: sequence_log_probs(model, one).sum(), rollout, chunk_size=64
-        )
+        norms = norms or PerSampleGradNorms(model)
+        log_prob_sum = sequence_log_probs(model, rollout).sum()
+        with norms.sequences(batch_size=len(rollout["input_ids"])):
+            norms.backward(log_prob_sum)  # no weight gradients
+        return norms.squared()
     if kind == "logit":
         with torch.no_grad():
             logits, tokens = completion_logits(model, rollout)

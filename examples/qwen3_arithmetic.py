@@ -27,7 +27,7 @@ from rich.console import Console
 from runs import OnRow, Run, save_atomically
 from torch import Tensor, nn
 
-from snr_optim import GradWeightedBaseline, SNRAdaptiveLR
+from snr_optim import GradWeightedBaseline, PerSampleGradNorms, SNRAdaptiveLR
 
 
 class GroupNormalised(nn.Module):
@@ -78,7 +78,7 @@ def train(args: argparse.Namespace, method: Method, seed: int, run: Run) -> None
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 20, total_iters=20)
     scheduler = SNRAdaptiveLR(optimizer, schedule=warm_up, smoothing=args.smoothing, adapt=method.adaptive)
     measured = scheduler.attach(model)  # every backward() below is a sub-batch
-    baseline = method.baseline(args)
+    baseline, norms = method.baseline(args), PerSampleGradNorms(model)
     torch.manual_seed(seed)
     first = run.restore(model=model, optimizer=optimizer, scheduler=scheduler, baseline=baseline)
 
@@ -88,7 +88,7 @@ def train(args: argparse.Namespace, method: Method, seed: int, run: Run) -> None
         rollout, texts = sample(model, tokenizer, batch, args.group_size, args.max_new_tokens)
         rewards = torch.tensor([is_correct(text, batch[i // args.group_size]) for i, text in enumerate(texts)]).float()
 
-        weights = baseline_weights(args.weights if method.weighted else "none", model, rollout)
+        weights = baseline_weights(args.weights if method.weighted else "none", model, rollout, norms)
         advantages = baseline.advantages(rewards.to(model.device), weights, groups=args.group_size, update=True)
 
         size = args.prompts // args.micro_batches * args.group_size  # whole prompts: the independent unit

@@ -240,6 +240,35 @@ def test_compiled_blocks():
         PerSampleGradNorms(torch.compile(Small()))
 
 
+def test_compiling_later_breaks_the_graph_and_not_the_norms():
+    model = Small()
+    norms = PerSampleGradNorms(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    with norms.sequences(batch_size=B):
+        loss_of(compiled, inputs()).backward()
+    assert torch.allclose(norms.squared(), truth(Small()), rtol=1e-12)
+
+
+def test_the_check_costs_nothing_where_no_parameter_gets_a_gradient(monkeypatch):
+    def expect(self, uses):
+        raise AssertionError("computes weight gradients")
+
+    monkeypatch.setattr("snr_optim.per_sample.check.GradientCheck.expect", expect)
+    model = Small()
+    norms = PerSampleGradNorms(model)
+    with norms.sequences(batch_size=B):
+        norms.backward(loss_of(model, inputs()))
+    with pytest.raises(AssertionError, match="weight gradients"), norms.sequences(batch_size=B):
+        loss_of(model, inputs()).backward()
+
+
+def test_construction_draws_no_random_numbers():
+    model = language_model("gemma")
+    state = torch.get_rng_state()
+    PerSampleGradNorms(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # ------------------------------------------------------------------------------------------------------------- layers
 class ScaledNorm(nn.Module):
     """A norm that no rule knows: its scale is the square of its parameter."""
@@ -459,6 +488,20 @@ def test_hooks_go(how):
     else:
         del norms
     assert hooks(model) == 0
+
+
+def test_biases_alone_keep_no_activations():
+    model = Small()
+    for name, p in model.named_parameters():
+        p.requires_grad_("bias" in name)
+    norms = PerSampleGradNorms(model)
+    seen = []
+    model.head.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
+    loss = loss_of(model, inputs())
+    assert seen[0]() is None
+    with norms.sequences(batch_size=B):
+        loss.backward()
+    assert torch.allclose(norms.squared(), truth(model), rtol=1e-12)
 
 
 @pytest.mark.parametrize("ending", ["backward", "measured", "never", "error"])

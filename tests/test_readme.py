@@ -8,9 +8,12 @@ from pathlib import Path
 
 def test_the_readme_examples_run(capsys):
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    loop, baseline, kernel = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    loop, baseline, norms, kernel = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     exec(loop, {})
     assert "'observations': 1.0" in capsys.readouterr().out
     exec(baseline, {})
     assert "'kappa': 64.0" in capsys.readouterr().out
+    capsys.readouterr()
+    exec(norms, {})
+    assert "tensor(" in capsys.readouterr().out
     exec(kernel, {})

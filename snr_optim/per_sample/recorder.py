@@ -19,7 +19,7 @@ from snr_optim.per_sample.check import GradientCheck
 from snr_optim.per_sample.graph import mark_as_deepest, run_without_weight_gradients
 from snr_optim.per_sample.layers import Layer, device_of, layers_of, refuse_compiled, some
 from snr_optim.per_sample.layout import Layout
-from snr_optim.per_sample.rules import Call, Embedding, Rule, Uses
+from snr_optim.per_sample.rules import Call, Embedding, Rule, Uses, wants_inputs
 from snr_optim.per_sample.totals import ExactTotals, SketchTotals, Totals, next_size
 
 FIRST_SKETCH = 16  # columns, before any error is known
@@ -120,8 +120,10 @@ class PerSampleGradNorms:
             layer.module.register_forward_hook(partial(_on_forward, me, layer), with_kwargs=True)
             for layer in self._layers
         ]
+        shards = {name for name, p in model.named_parameters() if hasattr(p, "placements")}  # get theirs by other ways
+        self._plain = self._covered - shards
         for name, p in model.named_parameters():
-            if name in self._covered and not hasattr(p, "placements"):
+            if name in self._plain:
                 handles.append(p.register_hook(partial(_on_parameter, me, name)))  # type: ignore[no-untyped-call]
         self._remove = weakref.finalize(self, _remove_all, handles)
 
@@ -204,6 +206,7 @@ class PerSampleGradNorms:
         """
         if self._block is None:
             raise RuntimeError("backward: expected within `with norms.sequences(...)`")
+        self._block.norms_alone = True
         run_without_weight_gradients(log_prob_sum, retain_graph)
 
     def squared(self, scale: float | Tensor = 1.0) -> Tensor:
@@ -263,8 +266,8 @@ class PerSampleGradNorms:
             except ValueError as error:
                 raise ValueError(f"{error} (in {layer.name!r})") from None
             named = {layer.names[local]: use for local, use in uses.items()}
-            if self._check is not None:
-                self._check.expect(named)
+            if self._check is not None and not block.norms_alone:
+                self._check.expect({name: use for name, use in named.items() if name in self._plain})
             once = not observed.others_wait()
             tied = {local: self._tied_ids(layer, layer.names[local]) for local in uses if once}
             block.report(layer, uses, once, tied)
@@ -297,6 +300,7 @@ class _Block:
     def __init__(self, layout: Layout, totals: Totals) -> None:
         self.layout, self.totals = layout, totals
         self.backward: int | None = None  # the pass that is no checkpoint's
+        self.norms_alone = False  # no parameter gets a gradient
         self.used: set[str] = set()  # parameters, by name
         self.lowest = torch.float64  # precision among the gradients
         self._passes: set[int] = set()
@@ -357,7 +361,8 @@ def _on_forward(
         if me is not None:
             me._on_gradient(layer, trained, observed, gradient)
 
-    output.register_hook(Observation(layer.waiting, given, on_gradient))  # type: ignore[no-untyped-call]
+    inputs = given if wants_inputs(layer.rule, trained) else None
+    output.register_hook(Observation(layer.waiting, inputs, on_gradient))  # type: ignore[no-untyped-call]
 
 
 def _on_parameter(recorder: weakref.ref[PerSampleGradNorms], name: str, gradient: Tensor) -> None:
