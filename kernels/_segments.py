@@ -54,6 +54,16 @@ class Segments:
         bounds = tuple(length * s for s in range(num + 1))
         return cls(bounds, length * torch.arange(num + 1, device=device))
 
+    def on(self, device: torch.device, name: str = "cu_seqlens") -> Segments:
+        """Itself.
+
+        Raises:
+            ValueError: it lies on another device.
+        """
+        if self.cu_seqlens.device != device:
+            raise ValueError(f"{name}: expected the device of the tokens, {device}, got {self.cu_seqlens.device}")
+        return self
+
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
@@ -102,7 +112,7 @@ class Stack(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """Their part of ``[rows, ...]``, as ``[sequences, length, ...]``."""
-        return x[self.rows].view(-1, self.length, *x.shape[1:])
+        return x[self.rows].view(self.sequences.stop - self.sequences.start, self.length, *x.shape[1:])
 
 
 def segment_sums(values: Tensor, segments: Segments) -> Tensor:

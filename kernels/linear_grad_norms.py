@@ -67,7 +67,7 @@ def linear_grad_norms(
         tensor([5., 9.])
     """
     gradients = [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs)
-    segments = Segments.of(cu_seqlens)
+    segments = Segments.of(cu_seqlens).on(activations.device)
     _check(activations, gradients, segments)
     if method not in ("auto", "gram", "direct"):
         raise ValueError(f"method: expected 'auto', 'gram' or 'direct', got {method!r}")

@@ -16,9 +16,7 @@ BLOCK = 64  # rows of a Gram matrix at a time
 BUDGET = 1 << 25  # numbers in a float32 copy or a product: 128 MB
 
 
-def forward(
-    activations: Tensor, gradients: Sequence[Tensor], segments: Segments, method: str, bias: bool
-) -> Tensor:
+def forward(activations: Tensor, gradients: Sequence[Tensor], segments: Segments, method: str, bias: bool) -> Tensor:
     """As `linear_grad_norms`, of checked arguments."""
     d_in, d_out = activations.shape[1], sum(g.shape[1] for g in gradients)
     exact = exact_dtype(activations, *gradients)

@@ -6,19 +6,17 @@ sequence are added up afterwards in a fixed order: no atomics. Which programs a 
 worked out again on the device: no program starts for nothing, and nobody waits.
 """
 
-import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from snr_optim.kernels._launch import interprets
 from snr_optim.kernels._segments import Segments, segment_sums
+from snr_optim.kernels._triton import DTYPES, Configuration, Programs, aligned, launch, programs_of
 from snr_optim.kernels.linear_grad_norms_torch import longest_by_gram
 
 TOGETHER = 3  # gradients in one launch of `gram`: query, key, value
@@ -33,7 +31,7 @@ SIZES = [  # not compiled in: one compilation serves all
 @triton.jit
 def add_inner_products(total, x, i, j, inside_i, inside_j, stride, width, BLOCK: tl.constexpr):
     """``total + X_i X_j^T`` of the rows ``i`` and ``j``."""
-    stride, width = 16 * stride, 16 * width  # sizes come in units of 16, so that the compiler knows they are
+    stride, width = 16 * stride.to(tl.int64), 16 * width  # in units of 16 until here: the compiler knows what divides
     column = tl.arange(0, BLOCK)
     x_i = x + i[:, None] * stride + column[None, :]
     x_j = x + j[:, None] * stride + column[None, :]
@@ -117,7 +115,8 @@ def direct(
     sequence = tl.load(sequences + program)
     begin, end = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
     tile = (program - tl.load(cu_programs + sequence)).to(tl.int32)
-    stride_activations, d_in, stride, d_out = 16 * stride_activations, 16 * d_in, 16 * stride, 16 * d_out
+    stride_activations, stride = 16 * stride_activations.to(tl.int64), 16 * stride.to(tl.int64)
+    d_in, d_out = 16 * d_in, 16 * d_out
     across = tl.cdiv(d_out, TILE_OUT)
     i = tile // across * TILE_IN + tl.arange(0, TILE_IN)
     j = tile % across * TILE_OUT + tl.arange(0, TILE_OUT)
@@ -148,21 +147,8 @@ def direct(
 
 
 # --------------------------------------------------------------------------------------------------------- launches
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Configuration(NamedTuple):
-    """A kernel and the constants it is compiled with."""
-
-    kernel: Any
-    dtype: torch.dtype  # of activations and gradients
-    constants: dict[str, Any]
-    threads: int = 256  # per program, on every target
-    stages: int = 3  # blocks on their way from memory; AMD's share of a compute unit holds two
-
-
 def for_gram(dtype: torch.dtype, small: bool) -> Configuration:
-    """Two float32 accumulators of 128 x 128 are half the registers of 256 threads; float32 operands leave no room."""
+    """Two accumulators of 128 x 128 take half the registers of 256 threads; float32 operands do not fit beside them."""
     wide = dtype != torch.float32
     tile = 128 if wide and not small else 64
     return Configuration(gram, dtype, {"TILE": tile, "BLOCK": 64 if wide else 32}, threads=2 * tile)
@@ -183,48 +169,6 @@ def configurations() -> Iterator[Configuration]:
             yield for_gram(dtype, small=False)
 
 
-def launch(configuration: Configuration, programs: int, *arguments: Any) -> None:
-    kernel, _, constants, threads, stages = configuration
-    device = arguments[0].device
-    options = {"num_warps": threads // 64, "num_stages": 2} if torch.version.hip else {
-        "num_warps": threads // 32, "num_stages": stages,
-    }  # fmt: skip
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # no device: interpreted
-        kernel[(programs,)](*arguments, **constants, **options)
-
-
-def aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in ``dtype`` with rows of whole 16 numbers that begin at whole 16: itself, or a copy filled up with zeros.
-
-    Threads then read 16 bytes at a time, straight into shared memory. Odd layers are copied once, as kernels for them
-    would read number by number, and every tile of tokens as often as there are tiles.
-    """
-    rows, width = x.shape
-    x = x.to(torch.float32 if interprets() else dtype)  # the interpreter takes the bits of bfloat16 for integers
-    full = 16 * max(1, triton.cdiv(width, 16))
-    if width == full and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    copy = x.new_zeros(rows, full)
-    copy[:, :width] = x
-    return copy
-
-
-class Programs(NamedTuple):
-    """Those of a launch, in the order of the sequences."""
-
-    segments: Segments  # of the programs: how many each sequence has
-    sequences: Tensor  # the sequence of each program
-
-
-def programs_of(segments: Segments, count: Callable[[Any], Any]) -> Programs:
-    """``count(length)`` programs for each sequence; of an int on the host, and of a tensor on the device."""
-    lengths = (end - begin for begin, end in itertools.pairwise(segments.bounds))
-    bounds = tuple(itertools.accumulate(map(count, lengths), initial=0))
-    counts = count(segments.cu_seqlens.diff())
-    programs = Segments(bounds, torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
-    return Programs(programs, programs.ids())
-
-
 @functools.lru_cache(maxsize=16)  # layers of the same shape, one after another, share the segments of their batch
 def tile_pairs(segments: Segments, tile: int, longest: int) -> Programs:
     def count(length: Any) -> Any:
@@ -241,7 +185,7 @@ def tiles_of_product(segments: Segments, tiles: int, longest: int) -> Programs:
 
 def forward(activations: Tensor, gradients: Sequence[Tensor], segments: Segments, method: str, bias: bool) -> Tensor:
     """As `linear_grad_norms`, of checked arguments."""
-    norms = torch.zeros(len(segments), device=activations.device)
+    norms = activations.new_zeros(len(segments), dtype=torch.float32)
     if not segments.rows:
         return norms
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in (activations, *gradients)))
@@ -265,7 +209,7 @@ def forward(activations: Tensor, gradients: Sequence[Tensor], segments: Segments
 def run_gram(
     configuration: Configuration, a: Tensor, gs: Sequence[Tensor], segments: Segments, pairs: Programs, bias: bool
 ) -> Tensor:
-    partial = torch.empty(pairs.segments.rows, device=a.device)
+    partial = a.new_empty(pairs.segments.rows, dtype=torch.float32)
     three = [*gs, *[gs[0]] * (TOGETHER - len(gs))]
     sizes = [g.stride(0) // 16 for g in three] + [g.shape[1] // 16 for g in three]
     where = (segments.cu_seqlens, pairs.segments.cu_seqlens, pairs.sequences, partial)
@@ -279,7 +223,7 @@ def run_direct(
 ) -> Tensor:
     height, width = configuration.constants["TILE_IN"], configuration.constants["TILE_OUT"]
     tiles = tiles_of_product(segments, triton.cdiv(a.shape[1], height) * triton.cdiv(g.shape[1], width), longest)
-    partial = torch.empty(tiles.segments.rows, device=a.device)
+    partial = a.new_empty(tiles.segments.rows, dtype=torch.float32)
     where = (segments.cu_seqlens, tiles.segments.cu_seqlens, tiles.sequences, partial)
     layout = (a.stride(0) // 16, a.shape[1] // 16, g.stride(0) // 16, g.shape[1] // 16, int(bias))
     launch(configuration, len(partial), a, g, *where, *layout)

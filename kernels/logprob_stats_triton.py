@@ -8,22 +8,21 @@ The label stays out of the sums until `merge`, so ``1 - p_y`` is a sum of positi
 are taken relative to the largest seen before they are scaled, so neither their size nor the temperature costs digits.
 """
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from snr_optim.kernels._triton import DTYPES, THREADS, Configuration, launch
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the reference of an empty sum: finite, so that -inf minus it is -inf
 FAR_BELOW = tl.constexpr(-1e4)  # exp2 of it is 0; stands in for z = -inf where p * z must be 0 and not NaN
 
-THREADS = 256  # per program, on every target
 MERGE_ROWS = 4
 MAX_SPLITS = 64
 GRAD_BLOCK = 4096
@@ -311,17 +310,6 @@ def grad_logits(
 
 
 # --------------------------------------------------------------------------------------------------------- launches
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Configuration(NamedTuple):
-    """A kernel and the constants it is compiled with."""
-
-    kernel: Any
-    dtype: torch.dtype  # of the logits
-    constants: dict[str, Any]
-
-
 def for_partial_sums(dtype: torch.dtype, aligned: bool, entropy: bool, squares: bool) -> Configuration:
     constants = {"LANES": THREADS, "WIDTH": 16 // dtype.itemsize}
     return Configuration(partial_sums, dtype, {"ENTROPY": entropy, "SQUARES": squares, "ALIGNED": aligned, **constants})
@@ -344,13 +332,6 @@ def configurations() -> Iterator[Configuration]:
         for aligned in (False, True):
             yield for_partial_sums(dtype, aligned, entropy, squares)
             yield for_grad_logits(dtype, aligned, entropy, squares)
-
-
-def launch(configuration: Configuration, programs: int, *arguments: Any) -> None:
-    warps = THREADS // (64 if torch.version.hip else 32)
-    device = arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # no device: interpreted
-        configuration.kernel[(programs,)](*arguments, **configuration.constants, num_warps=warps)
 
 
 def is_aligned(logits: Tensor) -> bool:

@@ -57,7 +57,7 @@ def norm_grad_norms(
         >>> norm_grad_norms(x, g, torch.tensor([0, 1, 2]), eps=0.0)     # ||(1, -1)||^2, ||(5, 0)||^2
         tensor([ 2., 25.])
     """
-    segments = Segments.of(cu_seqlens)
+    segments = Segments.of(cu_seqlens).on(inputs.device)
     for name, x in [("inputs", inputs), ("grad_outputs", grad_outputs)]:
         if not x.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
@@ -111,7 +111,7 @@ def embedding_grad_norms(
         >>> embedding_grad_norms(ids, g, torch.tensor([0, 2, 4]))     # 2^2, 1 + 1
         tensor([4., 2.])
     """
-    segments = Segments.of(cu_seqlens)
+    segments = Segments.of(cu_seqlens).on(grad_outputs.device)
     expect_integers("ids", ids)
     if not grad_outputs.is_floating_point():
         raise TypeError(f"grad_outputs: expected a floating dtype, got {grad_outputs.dtype}")

@@ -16,19 +16,12 @@ from torch import Tensor
 
 from snr_optim.kernels import norm_embedding_grad_norms_torch
 from snr_optim.kernels._segments import Segments, segment_sums
-from snr_optim.kernels.linear_grad_norms_triton import (
-    DTYPES,
-    Configuration,
-    Programs,
-    aligned,
-    launch,
-    programs_of,
-)
+from snr_optim.kernels._triton import DTYPES, Configuration, Programs, aligned, launch, programs_of
 from snr_optim.kernels.norm_embedding_grad_norms_torch import sort_by_sequence_and_id
 
-WIDTHS = (128, 256, 1024, 4096, 16_384)  # columns of a tile of `scale_gradients`: of heads, and of models
-NUMBERS = 8192  # in a tile: 32 a thread, of input, gradient and two sums
-STEPS = 16  # tiles of a program: what it writes is an eighth of what it reads, or less
+WIDTHS = (128, 256, 1024, 4096, 8192)  # columns of a tile of `scale_gradients`: of heads, and of models
+NUMBERS = 4096  # in a tile, or one row: 16 a thread, of input, gradient and two sums each
+STEPS = 32  # tiles of a program: what it writes is then a tenth of what it reads, or less
 PIECE = tl.constexpr(64)
 SIZES = [  # not compiled in: one compilation serves all
     "stride_inputs", "stride_gradients", "width", "columns", "eps", "center", "planes", "stride", "rows",
@@ -58,24 +51,28 @@ def scale_gradients(
     """``sum_t G_t * x^_t`` over some rows of a sequence; with a second plane ``sum_t G_t``."""
     program = tl.program_id(0).to(tl.int64)
     sequence = tl.load(sequences + program)
-    block = program - tl.load(cu_programs + sequence)
-    begin = tl.load(cu_seqlens + sequence) + block * (ROWS * STEPS)
-    end = tl.minimum(begin + ROWS * STEPS, tl.load(cu_seqlens + sequence + 1))
-    stride_inputs, stride_gradients, columns = 16 * stride_inputs, 16 * stride_gradients, 16 * columns
+    begin = tl.load(cu_seqlens + sequence) + (program - tl.load(cu_programs + sequence)) * (ROWS * STEPS)
+    rows = tl.minimum(tl.load(cu_seqlens + sequence + 1) - begin, ROWS * STEPS).to(tl.int32)
+    stride_inputs, stride_gradients = 16 * stride_inputs.to(tl.int64), 16 * stride_gradients.to(tl.int64)
+    columns = 16 * columns
     row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     there = (column < columns)[None, :]
+    inputs += begin * stride_inputs
+    gradients += begin * stride_gradients
     of_scale = tl.zeros([ROWS, WIDTH], tl.float32)
     of_bias = tl.zeros([ROWS, WIDTH], tl.float32)
-    for first in range(begin, end, ROWS):
-        inside = (first + row < end)[:, None]
-        at = (first + row)[:, None]
-        x = tl.load(inputs + at * stride_inputs + column[None, :], mask=inside & there, other=0.0).to(tl.float32)
-        g = tl.load(gradients + at * stride_gradients + column[None, :], mask=inside & there, other=0.0)
-        g = g.to(tl.float32)
+    for first in range(0, rows, ROWS):
+        here = first + row < rows
+        inside = here[:, None] & there
+        x = tl.load(inputs + row[:, None] * stride_inputs + column[None, :], mask=inside, other=0.0)
+        g = tl.load(gradients + row[:, None] * stride_gradients + column[None, :], mask=inside, other=0.0)
+        x, g = x.to(tl.float32), g.to(tl.float32)
         x = tl.where((column < width)[None, :], x - center * (tl.sum(x, axis=1) / width)[:, None], 0.0)
-        deviation = tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
-        of_scale += tl.where(inside, g * (x / deviation[:, None]), 0.0)  # eps = 0 makes NaN of rows that are not there
+        variance = tl.where(here, tl.sum(x * x, axis=1) / width + eps, 1.0)  # eps may be 0
+        of_scale += g * (x * tl.rsqrt(variance)[:, None])
         of_bias += g
+        inputs += ROWS * stride_inputs
+        gradients += ROWS * stride_gradients
     partial += program * planes * columns + column
     tl.store(partial, tl.sum(of_scale, axis=0), mask=column < columns)
     if planes == 2:
@@ -100,7 +97,7 @@ def sum_pieces(
     begin, end = tl.load(first + position), tl.load(last + position)
     if (position - begin) % PIECE != 0:
         return
-    stride, columns = 16 * stride, 16 * columns
+    stride, columns = 16 * stride.to(tl.int64), 16 * columns
     whole = end - begin <= PIECE
     sums += slot_of(position, begin) * columns
     total = 0.0
@@ -120,7 +117,7 @@ def sum_pieces(
 
 @triton.jit
 def slot_of(position, begin):
-    """Where the sum of a piece is kept: of ids with several pieces, at most one begins and one goes on in 64 positions."""
+    """Where the sum of a piece is kept: in 64 positions at most one id with several begins, and one goes on."""
     return position // PIECE * 2 + tl.where(position == begin, 1, 0)
 
 
@@ -157,7 +154,7 @@ def join_pieces(
 # ---------------------------------------------------------------------------------------------------------- launches
 def for_scale_gradients(dtype: torch.dtype, width: int) -> Configuration:
     constants = {"ROWS": max(1, NUMBERS // width), "WIDTH": width, "STEPS": STEPS}
-    return Configuration(scale_gradients, dtype, constants, threads=256 if width <= NUMBERS else 512)
+    return Configuration(scale_gradients, dtype, constants, threads=max(NUMBERS, width) // 16)
 
 
 def for_sum_pieces(dtype: torch.dtype) -> Configuration:
@@ -186,15 +183,15 @@ def norm(inputs: Tensor, grad_outputs: Tensor, segments: Segments, eps: float, c
     """As `norm_grad_norms`, of checked arguments."""
     rows, width = inputs.shape
     full = 16 * triton.cdiv(width, 16)
-    if full > WIDTHS[-1]:  # wider than any model: a row no longer fits the registers
+    if full > WIDTHS[-1]:  # a row no longer fits the registers
         return norm_embedding_grad_norms_torch.norm(inputs, grad_outputs, segments, eps, center, bias)
     if not rows:
-        return torch.zeros(len(segments), device=inputs.device)
+        return inputs.new_zeros(len(segments), dtype=torch.float32)
     dtype = torch.promote_types(inputs.dtype, grad_outputs.dtype)
     x, g = aligned(inputs, dtype), aligned(grad_outputs, dtype)
     configuration = for_scale_gradients(dtype, next(size for size in WIDTHS if size >= full))
     blocks = row_blocks(segments, STEPS * configuration.constants["ROWS"])
-    partial = torch.empty(blocks.segments.rows, 1 + bias, x.shape[1], device=x.device)
+    partial = x.new_empty(blocks.segments.rows, 1 + bias, x.shape[1], dtype=torch.float32)
     where = (segments.cu_seqlens, blocks.segments.cu_seqlens, blocks.sequences, partial)
     layout = (x.stride(0) // 16, g.stride(0) // 16, width, x.shape[1] // 16, eps, float(center), 1 + bias)
     launch(configuration, len(partial), x, g, *where, *layout)
@@ -203,16 +200,16 @@ def norm(inputs: Tensor, grad_outputs: Tensor, segments: Segments, eps: float, c
 
 def embedding(ids: Tensor, grad_outputs: Tensor, segments: Segments, padding_idx: int | None) -> Tensor:
     """As `embedding_grad_norms`, of checked arguments."""
-    rows, squares = len(ids), torch.zeros(len(ids), device=grad_outputs.device)
+    rows, windows = len(ids), triton.cdiv(len(ids), PIECE.value)
     if not rows:
-        return torch.zeros(len(segments), device=grad_outputs.device)
+        return grad_outputs.new_zeros(len(segments), dtype=torch.float32)
     order, number = sort_by_sequence_and_id(ids, segments)
     first, last = (torch.searchsorted(number, number, right=right) for right in (False, True))
     if padding_idx is not None:
         last = torch.where(ids[order] == padding_idx, first, last)  # as if there were none
     g = aligned(grad_outputs, grad_outputs.dtype)
-    windows = triton.cdiv(rows, PIECE.value)
-    sums = torch.empty(2 * windows, g.shape[1], device=g.device)
+    squares = g.new_zeros(rows, dtype=torch.float32)
+    sums = g.new_empty(2 * windows, g.shape[1], dtype=torch.float32)
     columns = g.shape[1] // 16
     launch(for_sum_pieces(grad_outputs.dtype), rows, g, order, first, last, squares, sums, g.stride(0) // 16, columns)
     launch(for_join_pieces(), windows, first, last, squares, sums, rows, columns)

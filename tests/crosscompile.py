@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -13,9 +14,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from snr_optim.kernels import logprob_stats_triton
-from snr_optim.kernels.logprob_stats_triton import THREADS
+from snr_optim.kernels import linear_grad_norms_triton, logprob_stats_triton, norm_embedding_grad_norms_triton
+from snr_optim.kernels._triton import launch_options
 
+MODULES = {  # and how many configurations each has
+    logprob_stats_triton: 60,
+    linear_grad_norms_triton: 8,
+    norm_embedding_grad_norms_triton: 19,
+}
 # backend, architecture, threads a warp, shared memory one program may have
 TARGETS = {
     "sm_80": ("cuda", 80, 32, 166_912),
@@ -24,12 +30,14 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64, 65_536),
 }
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DATA = {"logits", "gradient", "activations", "gradient_0", "gradient_1", "gradient_2", "inputs", "gradients"}
+INTEGERS = {"labels", "cu_seqlens", "cu_programs", "sequences", "order", "first", "last"}
 
 
 def compile_for(target, configuration, **options):
     """Bytes of shared memory, and of registers spilled to memory."""
     backend, architecture, warp, _ = TARGETS[target]
-    kernel, dtype, constants = configuration
+    kernel, dtype, constants = configuration[:3]
     signature, attributes = {}, {}
     for parameter in kernel.params:
         if parameter.name in constants:
@@ -37,16 +45,18 @@ def compile_for(target, configuration, **options):
         elif parameter.annotation_type:
             signature[parameter.name] = parameter.annotation_type
         else:  # a pointer; allocations are aligned, views of them may not be
-            element = {"labels": "i64", "logits": TYPES[dtype], "gradient": TYPES[dtype]}.get(parameter.name, "fp32")
-            signature[parameter.name] = "*" + element
-            if parameter.name != "logits" or constants.get("ALIGNED", False):
+            name = parameter.name
+            signature[name] = "*" + ("i64" if name in INTEGERS else TYPES[dtype] if name in DATA else "fp32")
+            if name != "logits" or constants.get("ALIGNED", False):
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": THREADS // warp, **options}
+    options = {**launch_options(configuration, hip=backend == "hip"), **options}
     compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
     if backend == "hip":
+        assert re.search(r"global_store|buffer_store", compiled.asm["amdgcn"]), "nothing is computed"
         found = re.findall(r"\.(?:[vs]gpr_spill_count|private_segment_fixed_size):\s+(\d+)", compiled.asm["amdgcn"])
     else:
+        assert "st.global" in compiled.asm["ptx"], "nothing is computed"  # tensor memory of sm_100 that ran out
         found = re.findall(r"(?:STACK|LOCAL):(\d+)", resource_usage(compiled.asm["cubin"]))
     assert found, "no resource usage reported"
     return compiled.metadata.shared, sum(map(int, found))
@@ -61,8 +71,8 @@ def resource_usage(cubin):
 
 
 def compile_number(job):
-    target, number = job
-    return compile_for(target, list(logprob_stats_triton.configurations())[number])
+    target, module, number = job
+    return compile_for(target, list(importlib.import_module(module).configurations())[number])
 
 
 def in_own_cache(folder):

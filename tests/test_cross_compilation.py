@@ -14,8 +14,6 @@ if not has_triton() or interprets():
 
 import crosscompile as cc
 
-from snr_optim.kernels import logprob_stats_triton
-
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory):
@@ -25,10 +23,11 @@ def workers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("target", cc.TARGETS)
-def test_no_spills_and_shared_memory_within_limits(workers, target):
-    configurations = list(logprob_stats_triton.configurations())
-    assert len(configurations) == 60
-    jobs = [(target, number) for number in range(len(configurations))]
+@pytest.mark.parametrize("module", cc.MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_no_spills_and_shared_memory_within_limits(workers, module, target):
+    configurations = list(module.configurations())
+    assert len(configurations) == cc.MODULES[module]
+    jobs = [(target, module.__name__, number) for number in range(len(configurations))]
     for configuration, (shared, spilled) in zip(configurations, workers.map(cc.compile_number, jobs), strict=True):
         assert spilled == 0, configuration
         assert shared <= cc.TARGETS[target][3], configuration

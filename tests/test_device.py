@@ -7,6 +7,14 @@ import torch
 from torch import nn
 
 from snr_optim import GradientMoments, GradWeightedBaseline, SNRAdaptiveLR, logit_grad_norms
+from snr_optim.kernels._segments import Segments
+from snr_optim.kernels.linear_grad_norms import linear_grad_norms, linear_grad_norms_reference
+from snr_optim.kernels.norm_embedding_grad_norms import (
+    embedding_grad_norms,
+    embedding_grad_norms_reference,
+    norm_grad_norms,
+    norm_grad_norms_reference,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -77,3 +85,74 @@ def test_moments_on_the_device_equal_those_on_the_cpu():
     assert isinstance(moments[0], GradientMoments)
     assert float(moments[1].sq_norm_of_mean) == pytest.approx(float(moments[0].sq_norm_of_mean), rel=1e-4)
     assert float(moments[1].mean_of_sq_norms) == pytest.approx(float(moments[0].mean_of_sq_norms), rel=1e-4)
+
+
+def packed_on_the_device(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["gram", "direct", "auto"])
+def test_linear_norms_of_real_sizes_equal_the_reference(dtype, method):
+    """Few and many tiles, Qwen3-4B's key and down projections, an odd layer, LoRA; 10^4 products on tensor cores."""
+    cu_seqlens = packed_on_the_device([1000, 0, 1, 4000, 129, 257])
+    for d_in, d_out in ((2560, 1024), (9728, 2560), (999, 1001), (4096, 8)):
+        a, g = (torch.randn(5387, width, device="cuda").to(dtype) for width in (d_in, d_out))
+        got = linear_grad_norms(a, g, cu_seqlens, method, bias=True)
+        assert torch.equal(got, linear_grad_norms(a, g, cu_seqlens, method, bias=True))
+        true = linear_grad_norms_reference(a, g, cu_seqlens, bias=True)
+        assert ((got.double() - true).abs() <= 1e-4 * true).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 128, 2560, 4096, 8192])
+def test_norms_of_norms_of_real_sizes_equal_the_reference(dtype, width):
+    cu_seqlens = packed_on_the_device([1000, 0, 1, 4000, 129])
+    x, g = (torch.randn(5130, width, device="cuda").to(dtype) for _ in range(2))
+    got = norm_grad_norms(x, g, cu_seqlens, 1e-6, center=True, bias=True)
+    true = norm_grad_norms_reference(x, g, cu_seqlens, 1e-6, center=True, bias=True)
+    assert ((got.double() - true).abs() <= 1e-4 * true).all()
+
+
+@pytest.mark.parametrize("vocabulary", [3, 500, 151_936])
+def test_embedding_norms_of_real_sizes_equal_the_reference(vocabulary):
+    cu_seqlens = packed_on_the_device([1000, 0, 1, 4000, 129])
+    ids, g = torch.randint(vocabulary, (5130,), device="cuda"), torch.randn(5130, 2560, device="cuda").bfloat16()
+    got = embedding_grad_norms(ids, g, cu_seqlens, padding_idx=0)
+    assert torch.equal(got, embedding_grad_norms(ids, g, cu_seqlens, padding_idx=0))
+    true = embedding_grad_norms_reference(ids, g, cu_seqlens, padding_idx=0)
+    assert ((got.double() - true).abs() <= 1e-4 * true).all()
+
+
+def test_norms_of_known_segments_wait_for_nothing():
+    segments = Segments.of(packed_on_the_device([100, 0, 3, 500]))
+    x, g = (torch.randn(603, 64, device="cuda").bfloat16() for _ in range(2))
+    ids = torch.randint(9, (603,), device="cuda")
+
+    def norms():
+        yield linear_grad_norms(x, [g, x], segments, "gram", bias=True)
+        yield linear_grad_norms(x, [g, x], segments, "direct", bias=True)
+        yield norm_grad_norms(x, g, segments, 1e-6, bias=True)
+        yield embedding_grad_norms(ids, g, segments, padding_idx=0)
+
+    expected = list(norms())  # compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = list(norms())
+        fresh = linear_grad_norms(x, g, Segments(segments.bounds, segments.cu_seqlens))  # its programs are counted anew
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert fresh.shape == (4,)
+
+
+def test_linear_norms_keep_no_matrix_of_tokens_and_no_gradient():
+    a, g = (torch.randn(16_384, 1024, device="cuda").bfloat16() for _ in range(2))
+    segments = Segments.of(packed_on_the_device([16_384]))
+    for method in ("gram", "direct"):
+        linear_grad_norms(a, g, segments, method)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        linear_grad_norms(a, g, segments, method)
+        assert torch.cuda.max_memory_allocated() - before < 4 << 20
