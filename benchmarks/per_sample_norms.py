@@ -193,7 +193,22 @@ class BackPack(Way):
 
 
 class Vmap(Way):
-    """Every gradient in full: ``vmap(grad)``, beside the training step, which does without."""
+    """Every gradient in full: ``vmap(grad)``, beside the training step, which does without.
+
+    With plain attention: vmap takes the fused one in pieces, and is slower with it.
+    """
+
+    def __enter__(self) -> Way:
+        self.attention("eager")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.attention("sdpa")
+        super().__exit__()
+
+    def attention(self, kind: str) -> None:
+        if not isinstance(self.model, NoNorms):
+            self.model.set_attn_implementation(kind)  # type: ignore[operator]
 
     def step(self) -> None:
         super().step()

@@ -13,7 +13,8 @@ from torch import Tensor
 from snr_optim.kernels._segments import Segments
 
 BLOCK = 64  # rows of a Gram matrix at a time
-BUDGET = 1 << 25  # numbers in a float32 copy or a product: 128 MB
+BUDGET = 1 << 25  # numbers in a float32 copy: 128 MB
+CACHED = 1 << 20  # numbers of a product at a time
 
 
 def forward(activations: Tensor, gradients: Sequence[Tensor], segments: Segments, method: str, bias: bool) -> Tensor:
@@ -47,7 +48,7 @@ def exact_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def block_rows(length: int) -> int:
-    return max(BLOCK, length // 8)
+    return min(length, max(BLOCK, length // 8))
 
 
 def _gram(a: Tensor, gs: Sequence[Tensor], bias: bool, exact: torch.dtype) -> Tensor:
@@ -79,20 +80,20 @@ def _inner_products(x: Tensor, start: int, end: int, exact: torch.dtype, into: T
 
 
 def _direct(a: Tensor, gs: Sequence[Tensor], bias: bool, exact: torch.dtype) -> Tensor:
-    """``||A^T G||^2`` of each sequence, some columns of the product at a time."""
-    totals = []
-    for s in range(len(a)):
-        left = a[s].to(exact).T
-        total = a.new_zeros((), dtype=exact)
-        for g in gs:
-            step = max(1, BUDGET // max(1, *a.shape[1:]))
-            for columns in torch.split(g[s], step, dim=1):
-                right = columns.to(exact)
-                total += torch.linalg.vector_norm(left @ right).square()
+    """``||A^T G||^2`` of each sequence, some sequences and columns of the product at a time."""
+    total = a.new_zeros(len(a), dtype=exact)
+    for g in gs:
+        columns = max(1, CACHED // max(1, a.shape[2]))
+        together = max(1, CACHED // max(1, a.shape[2] * min(columns, g.shape[2])))
+        for first in range(0, len(a), together):
+            some = slice(first, first + together)
+            left = a[some].to(exact).mT
+            for right in torch.split(g[some], columns, dim=2):
+                right = right.to(exact)
+                total[some] += torch.bmm(left, right).square_().sum((1, 2))
                 if bias:
-                    total += torch.linalg.vector_norm(right.sum(0)).square()
-        totals.append(total)
-    return torch.stack(totals)
+                    total[some] += right.sum(1).square().sum(1)
+    return total
 
 
 def column_chunks(x: Tensor, exact: torch.dtype, rows: int) -> Iterator[slice]:

@@ -93,3 +93,16 @@ def test_estimators_tell_good_from_bad(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "estimators.json").read_text())
     assert "--steps 30" in result["command"]
     assert (tmp_path / "estimators.png").stat().st_size > 1000
+
+
+def test_ways_to_norms_agree_or_say_why_not(monkeypatch):
+    from benchmarks import per_sample_norms
+
+    monkeypatch.setitem(per_sample_norms.QWEN3, "30M", (16, 24, 1, 2, 1, 8, 31))
+    rows = per_sample_norms.measure(("30M", 3, 5), list(per_sample_norms.WAYS), 1, torch.device("cpu"), lambda _: None)
+    by_way = {row["way"]: row for row in rows}
+    assert by_way["exact"]["seconds"] > 0
+    for way in ("sketch", "norms first", "vmap(grad)"):
+        assert by_way[way]["from_exact"] < 1e-4
+    for way in ("Opacus", "BackPACK"):  # the latter has no rule for norms
+        assert by_way[way]["refused"] or by_way[way]["from_exact"] < 1e-4
