@@ -6,6 +6,8 @@ import functools
 import importlib.util
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -60,6 +62,13 @@ def _why_not_triton(tensor: Tensor) -> str:
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"expected float32, bfloat16 or float16, got {tensor.dtype}"
     return ""
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Without gradients, and without autocast, which would round the sums within."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def expect_integers(name: str, x: Tensor) -> None:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from snr_optim.kernels import linear_grad_norms_torch
-from snr_optim.kernels._launch import Cost, Impl, runs_triton
+from snr_optim.kernels._launch import Cost, Impl, exactly, runs_triton
 from snr_optim.kernels._segments import Segments
 
 Method = Literal["auto", "gram", "direct"]
 
 
-@torch.no_grad()
 def linear_grad_norms(
     activations: Tensor,
     grad_outputs: Tensor | Sequence[Tensor],
@@ -71,11 +70,11 @@ def linear_grad_norms(
     _check(activations, gradients, segments)
     if method not in ("auto", "gram", "direct"):
         raise ValueError(f"method: expected 'auto', 'gram' or 'direct', got {method!r}")
+    path = linear_grad_norms_torch
     if all(runs_triton(impl, x) for x in (activations, *gradients)):
-        from snr_optim.kernels import linear_grad_norms_triton
-
-        return linear_grad_norms_triton.forward(activations, gradients, segments, method, bias)
-    return linear_grad_norms_torch.forward(activations, gradients, segments, method, bias)
+        from snr_optim.kernels import linear_grad_norms_triton as path  # type: ignore[no-redef]
+    with exactly(activations.device):
+        return path.forward(activations, gradients, segments, method, bias)
 
 
 def _check(activations: Tensor, gradients: Sequence[Tensor], segments: Segments) -> None:

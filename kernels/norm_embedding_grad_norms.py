@@ -7,16 +7,16 @@ Here: the functions and their float64 references. The paths are next door, ``nor
 from __future__ import annotations
 
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from snr_optim.kernels import norm_embedding_grad_norms_torch
-from snr_optim.kernels._launch import Impl, expect_integers, runs_triton
+from snr_optim.kernels._launch import Impl, exactly, expect_integers, runs_triton
 from snr_optim.kernels._segments import Segments
 
 
-@torch.no_grad()
 def norm_grad_norms(
     inputs: Tensor,
     grad_outputs: Tensor,
@@ -68,14 +68,12 @@ def norm_grad_norms(
         )
     if grad_outputs.device != inputs.device:
         raise ValueError(f"grad_outputs: expected the device of inputs, {inputs.device}, got {grad_outputs.device}")
-    if runs_triton(impl, inputs) and runs_triton(impl, grad_outputs):
-        from snr_optim.kernels import norm_embedding_grad_norms_triton
+    path = _path(impl, inputs, grad_outputs)
+    with exactly(inputs.device):
+        norms: Tensor = path.norm(inputs, grad_outputs, segments, eps, center, bias)
+        return norms
 
-        return norm_embedding_grad_norms_triton.norm(inputs, grad_outputs, segments, eps, center, bias)
-    return norm_embedding_grad_norms_torch.norm(inputs, grad_outputs, segments, eps, center, bias)
 
-
-@torch.no_grad()
 def embedding_grad_norms(
     ids: Tensor,
     grad_outputs: Tensor,
@@ -122,11 +120,18 @@ def embedding_grad_norms(
         )
     if ids.device != grad_outputs.device:
         raise ValueError(f"ids: expected the device of grad_outputs, {grad_outputs.device}, got {ids.device}")
-    if runs_triton(impl, grad_outputs):
-        from snr_optim.kernels import norm_embedding_grad_norms_triton
+    path = _path(impl, grad_outputs)
+    with exactly(ids.device):
+        norms: Tensor = path.embedding(ids.long(), grad_outputs, segments, padding_idx)
+        return norms
 
-        return norm_embedding_grad_norms_triton.embedding(ids.long(), grad_outputs, segments, padding_idx)
-    return norm_embedding_grad_norms_torch.embedding(ids.long(), grad_outputs, segments, padding_idx)
+
+def _path(impl: Impl, *tensors: Tensor) -> ModuleType:
+    if not all(runs_triton(impl, tensor) for tensor in tensors):
+        return norm_embedding_grad_norms_torch
+    from snr_optim.kernels import norm_embedding_grad_norms_triton
+
+    return norm_embedding_grad_norms_triton
 
 
 def norm_grad_norms_reference(

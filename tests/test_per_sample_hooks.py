@@ -160,6 +160,17 @@ def test_norms_alone_reach_what_stands_on_inputs_that_want_a_gradient():
     assert x.grad is None
 
 
+@pytest.mark.parametrize("part", ["norm", "layers.1", "q_proj", "embed", "lm_head"])
+def test_norms_alone_of_a_part(part):
+    model, batch = language_model("qwen3-untied").double(), padded_batch(LENGTHS)
+    norms = PerSampleGradNorms(model, parameters=lambda name: part in name)
+    with norms.sequences(batch_size=B):
+        norms.backward(log_prob_sum(model, batch))
+    for name, p in model.named_parameters():
+        p.requires_grad_(part in name)
+    assert torch.allclose(norms.squared(), per_sample_grad_norms_func(model, log_prob_sum, batch), rtol=1e-10)
+
+
 def test_micro_batches_and_accumulated_gradients():
     model, batch = language_model("qwen3").double(), padded_batch(LENGTHS)
     norms, found = PerSampleGradNorms(model), []

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-_DEEPEST = "snr_optim: the output of a layer, below which there is nothing but weights"
+_OBSERVED = "snr_optim: which of the outputs of this node a hook waits at"
 
 
-def mark_as_deepest(output: Tensor) -> None:
-    """Note in the graph that the layer that made this output was given nothing that wants a gradient."""
+def mark_as_observed(output: Tensor) -> None:
+    """Note in the graph that the gradient of this tensor is wanted."""
     node: Any = output.grad_fn
-    node.metadata[_DEEPEST] = output.output_nr
+    node.metadata.setdefault(_OBSERVED, set()).add(output.output_nr)
 
 
 def run_without_weight_gradients(loss: Tensor, retain_graph: bool) -> None:
-    """Bring gradients to the outputs of all layers, and to no weight.
+    """Bring gradients to all tensors that are observed, and to nothing below them.
 
     Raises:
         ValueError: ``loss`` is no scalar with a graph behind it.
@@ -32,17 +32,19 @@ def run_without_weight_gradients(loss: Tensor, retain_graph: bool) -> None:
 
 
 def _deepest(root: Node) -> Iterator[GradientEdge]:
-    """Outputs that were marked, and leaves that are no weights: embeddings that were made to want a gradient."""
-    seen, stack = {root}, [root]
+    """What is observed and has nothing observed below it: on the way there, autograd passes all the rest."""
+    below: dict[Any, bool] = {}  # is anything observed there?
+    stack: list[Any] = [root]
     while stack:
-        node: Any = stack.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and not isinstance(leaf, nn.Parameter):
-            yield GradientEdge(node, 0)
-        if _DEEPEST in node.metadata:
-            yield GradientEdge(node, node.metadata[_DEEPEST])
+        node = stack[-1]
+        children = [child for child, _ in node.next_functions if child is not None]
+        waiting = [] if node in below else [child for child in children if child not in below]
+        if waiting:
+            stack += waiting
             continue
-        for below, _ in node.next_functions:
-            if below is not None and below not in seen:
-                seen.add(below)
-                stack.append(below)
+        stack.pop()
+        if node in below:
+            continue
+        below[node] = any(below[child] or _OBSERVED in child.metadata for child in children)
+        if not below[node]:
+            yield from (GradientEdge(node, number) for number in node.metadata.get(_OBSERVED, ()))

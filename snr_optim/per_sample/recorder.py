@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from snr_optim.backward import current_backward, is_nested_backward
+from snr_optim.kernels._launch import exactly
 from snr_optim.per_sample.capture import Observation
 from snr_optim.per_sample.check import GradientCheck
-from snr_optim.per_sample.graph import mark_as_deepest, run_without_weight_gradients
+from snr_optim.per_sample.graph import mark_as_observed, run_without_weight_gradients
 from snr_optim.per_sample.layers import Layer, device_of, layers_of, refuse_compiled, some
 from snr_optim.per_sample.layout import Layout
 from snr_optim.per_sample.rules import Call, Embedding, Rule, Uses, wants_inputs
@@ -180,7 +181,8 @@ class PerSampleGradNorms:
                 raise RuntimeError("sequences: no backward pass through the model within the block")
             if self._check is not None and self._check.finish():
                 self._check = None
-            self._result = block.totals.finish()
+            with exactly(self._device):
+                self._result = block.totals.finish()
         finally:
             self._block = None
             if self._check is not None:
@@ -259,7 +261,7 @@ class PerSampleGradNorms:
             return
         block.enter(current_backward())
         inputs = observed.inputs()
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+        with exactly(gradient.device):
             call = Call(layer.module, gradient if inputs is None else inputs, gradient, block.layout, trained)
             try:
                 uses = layer.rule(call)
@@ -350,11 +352,10 @@ def _on_forward(
     trained = [
         local for local, p in module._parameters.items() if local in layer.names and p is not None and p.requires_grad
     ]
-    given: Tensor = args[0] if args else next(iter(kwargs.values()))
-    if not given.requires_grad:
-        mark_as_deepest(output)
     if not trained:
         return
+    mark_as_observed(output)
+    given: Tensor = args[0] if args else next(iter(kwargs.values()))
 
     def on_gradient(observed: Observation, gradient: Tensor) -> None:
         me = recorder()

@@ -127,13 +127,17 @@ class SketchTotals:
 
 
 def next_size(size: int, squared: Tensor, variances: Tensor, relative_error: float) -> int:
-    """Columns that the next sketch wants, from the errors of this one: the root mean square over the units."""
+    """Columns that the next sketch wants, from the errors of this one: the root mean square over the units.
+
+    The geometric mean with the present number, as a single sketch does not know its error well. Where nothing was
+    estimated, exact norms being cheaper, the number stays.
+    """
     relative = variances / squared.square()
-    relative = relative[torch.isfinite(relative)]
+    relative = relative[torch.isfinite(relative) & (variances > 0)]
     if not len(relative):
         return size
     wanted = size * float(relative.mean()) / relative_error**2
-    return min(MOST, max(FEWEST, size // 2, math.ceil(wanted)))
+    return min(MOST, max(FEWEST, math.ceil(math.sqrt(size * wanted))))
 
 
 FEWEST, MOST = 4, 1024
