@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Row, environment, peak_memory, print_table, progress, version, write_json
-from snr_optim import PerSampleGradNorms, per_sample_grad_norms_func
+from snr_optim import PerSampleGradNorms
 from snr_optim.kernels.logprob_stats import logprob_stats
 
 # hidden, intermediate, layers, heads, key-value heads, head_dim, vocabulary
@@ -111,7 +111,7 @@ class Exact(Way):
     method = "exact"
 
     def __enter__(self) -> Way:
-        self.norms = PerSampleGradNorms(self.model, self.method, check=False)
+        self.norms = PerSampleGradNorms(self.model, self.method, check="never")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -126,14 +126,23 @@ class Exact(Way):
 
 
 class Sketch(Exact):
-    """Ten percent, of which most steps have known the size for long."""
+    """To ten percent; as fine as the errors of the steps before suggest."""
 
     method = "sketch"
+    sizes: ClassVar[dict[int, int]] = {}  # of each model, from turn to turn
 
     def __enter__(self) -> Way:
         super().__enter__()
-        self.norms.sketch_size = 4
+        self.norms.sketch_size = self.sizes.get(id(self.model), self.norms.sketch_size)
         return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.sizes[id(self.model)] = self.norms.sketch_size
+        super().__exit__()
+
+    def step(self) -> None:
+        super().step()
+        self.error = float((self.norms.standard_error() / self.norms.squared()).square().mean().sqrt())
 
 
 class Before(Exact):
@@ -193,7 +202,7 @@ class BackPack(Way):
 
 
 class Vmap(Way):
-    """Every gradient in full: ``vmap(grad)``, beside the training step, which does without.
+    """The gradient of every sequence in full, ``vmap(grad)``; the training gradient is their sum.
 
     With plain attention: vmap takes the fused one in pieces, and is slower with it.
     """
@@ -211,10 +220,18 @@ class Vmap(Way):
             self.model.set_attn_implementation(kind)  # type: ignore[operator]
 
     def step(self) -> None:
-        super().step()
-        self.squared = per_sample_grad_norms_func(
-            self.model, lambda model, ids: log_prob_sum(model, ids).sum(), self.ids
-        )
+        parameters = {name: p.detach() for name, p in self.model.named_parameters()}
+
+        def loss(parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
+            def call(**inputs: Tensor) -> Any:
+                return torch.func.functional_call(self.model, parameters, (), inputs)
+
+            return log_prob_sum(call, ids[None]).sum()
+
+        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, self.ids)
+        self.squared = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
+        for name, p in self.model.named_parameters():
+            p.grad = gradients.pop(name).sum(0)
 
 
 WAYS = {
@@ -233,6 +250,7 @@ def measure(case: tuple[str, int, int], ways: list[str], turns: int, device: tor
     peaks: dict[str, int | None] = {}
     norms: dict[str, Tensor] = {}
     refused: dict[str, str] = {}
+    errors: float | None = None
     for turn in range(-1, turns):
         for way in ways:
             if way in refused:
@@ -248,7 +266,8 @@ def measure(case: tuple[str, int, int], ways: list[str], turns: int, device: tor
                             norms[way] = one.squared.double()
                     else:
                         times[way].append(clock(one.step, device))
-            except (NotImplementedError, RuntimeError, ImportError, AttributeError) as error:
+                        errors = getattr(one, "error", errors)
+            except (NotImplementedError, RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
                 refused[way] = f"{type(error).__name__}: {error}".split("\n")[0][:120]
             if way in refused or WAYS[way].marks_model:
                 model = build(name, device)
@@ -264,6 +283,8 @@ def measure(case: tuple[str, int, int], ways: list[str], turns: int, device: tor
             row["peak_mib"] = None if peaks[way] is None else peaks[way] / 2**20  # type: ignore[operator]
             if way in norms and exact is not None:
                 row["from_exact"] = float((norms[way] / exact - 1).abs().max())
+            if way == "sketch":
+                row["standard_error"] = errors
         rows.append(row)
     return rows
 

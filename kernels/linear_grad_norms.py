@@ -40,6 +40,10 @@ def linear_grad_norms(
     symmetric. ``auto`` takes the one with fewer, for each sequence. Neither has the whole gradient, or all of
     ``T x T``, in memory, and sums are in float32 at least and in a fixed order: the same input gives the same bits.
 
+    Where activations share a large direction along which the gradients add up to nothing, the terms of ``gram``
+    cancel: its error is some 1e-7 of the sum of their absolute values. On a CPU ``auto`` then takes ``direct``;
+    elsewhere insist on it where that matters.
+
     Args:
         activations: ``[N, d_in]``, the tokens of all sequences one after another.
         grad_outputs: ``[N, d_out]``, the gradient with respect to the layer's output; or several, of layers that
@@ -74,7 +78,8 @@ def linear_grad_norms(
     if all(runs_triton(impl, x) for x in (activations, *gradients)):
         from snr_optim.kernels import linear_grad_norms_triton as path  # type: ignore[no-redef]
     with exactly(activations.device):
-        return path.forward(activations, gradients, segments, method, bias)
+        norms: Tensor = path.forward(activations, gradients, segments, method, bias)
+        return norms.clamp_min_(0.0)
 
 
 def _check(activations: Tensor, gradients: Sequence[Tensor], segments: Segments) -> None:

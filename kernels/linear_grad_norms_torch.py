@@ -15,6 +15,7 @@ from snr_optim.kernels._segments import Segments
 BLOCK = 64  # rows of a Gram matrix at a time
 BUDGET = 1 << 25  # numbers in a float32 copy: 128 MB
 CACHED = 1 << 20  # numbers of a product at a time
+CANCELLED = 1e-3  # of the sum of absolute terms: float32 has four digits left
 
 
 def forward(activations: Tensor, gradients: Sequence[Tensor], segments: Segments, method: str, bias: bool) -> Tensor:
@@ -25,7 +26,15 @@ def forward(activations: Tensor, gradients: Sequence[Tensor], segments: Segments
     for stack in segments.stacks(most_rows=max(1, BUDGET // max(1, d_in, *(g.shape[1] for g in gradients)))):
         a, gs = stack.of(activations), [stack.of(g) for g in gradients]
         by_gram = stack.length <= longest_by_gram(d_in, d_out, block_rows(stack.length), method)
-        norms[stack.sequences] = (_gram if by_gram else _direct)(a, gs, bias, exact)
+        if not by_gram:
+            norms[stack.sequences] = _direct(a, gs, bias, exact)
+            continue
+        found, sizes = _gram(a, gs, bias, exact)
+        if method == "auto" and found.device.type == "cpu":  # elsewhere it would wait for the device
+            cancelled = (found < CANCELLED * sizes).nonzero().flatten().tolist()
+            for s in cancelled:
+                found[s] = _direct(a[s : s + 1], [g[s : s + 1] for g in gs], bias, exact)[0]
+        norms[stack.sequences] = found
     return norms
 
 
@@ -51,10 +60,13 @@ def block_rows(length: int) -> int:
     return min(length, max(BLOCK, length // 8))
 
 
-def _gram(a: Tensor, gs: Sequence[Tensor], bias: bool, exact: torch.dtype) -> Tensor:
-    """``sum (A A^T + bias) * (G G^T)`` of each sequence: ``[s, T, d_in]``, ``[s, T, d_out]`` to ``[s]``."""
+def _gram(a: Tensor, gs: Sequence[Tensor], bias: bool, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``sum (A A^T + bias) * (G G^T)`` of each sequence, and the sum of absolute terms.
+
+    From ``[s, T, d_in]`` and several ``[s, T, d_out]`` to ``[s]``.
+    """
     length, step = a.shape[1], block_rows(a.shape[1])
-    total = a.new_zeros(len(a), dtype=exact)
+    total, size = a.new_zeros(2, len(a), dtype=exact)
     for start in range(0, length, step):  # some rows of the lower triangle
         end = min(length, start + step)
         of_a = _inner_products(a, start, end, exact)
@@ -64,10 +76,10 @@ def _gram(a: Tensor, gs: Sequence[Tensor], bias: bool, exact: torch.dtype) -> Te
         for g in gs[1:]:
             of_g = _inner_products(g, start, end, exact, of_g)
         products = of_a.mul_(of_g)
+        products[:, :, :start] *= 2  # the upper triangle
         total += products.sum((1, 2))
-        if start:
-            total += products[:, :, :start].sum((1, 2))  # the upper triangle
-    return total
+        size += torch.linalg.vector_norm(products, 1, (1, 2))
+    return total, size
 
 
 def _inner_products(x: Tensor, start: int, end: int, exact: torch.dtype, into: Tensor | None = None) -> Tensor:

@@ -354,3 +354,17 @@ def test_the_bench_agrees_with_the_peers_that_are_there(tmp_path, monkeypatch, c
         limit = max(row["bytes"] / 1e9, row["flops"] / 1e12)
         assert row["of_limit"] == pytest.approx(limit / (row["ms"] / 1e3))
     assert "snr-optim gram" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("offset", [30.0, 1000.0])
+def test_terms_that_cancel(offset):
+    """Activations with a common direction, gradients that add up to nothing: Gram matrices lose their digits."""
+    torch.manual_seed(0)
+    a, g = offset + torch.randn(40 * 16, 64), torch.randn(40, 16, 64)
+    g = (g - g.mean(1, keepdim=True)).flatten(0, 1)
+    cu_seqlens = torch.arange(0, 40 * 16 + 1, 16)
+    true = linear_grad_norms_reference(a, g, cu_seqlens)
+    assert torch.allclose(linear_grad_norms(a, g, cu_seqlens).double(), true, rtol=1e-3)
+    by_gram = linear_grad_norms(a, g, cu_seqlens, "gram")
+    assert by_gram.min() >= 0
+    assert offset < 100 or not torch.allclose(by_gram.double(), true, rtol=1e-2)

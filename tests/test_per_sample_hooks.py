@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import sys
 import weakref
 
@@ -140,12 +142,10 @@ def test_a_backward_pass_for_norms_alone_computes_no_weight_gradient(name):
         norms.backward(loss, retain_graph=True)
     assert torch.allclose(norms.squared(), true, rtol=1e-10)
     assert all(p.grad is None for p in model.parameters())
-    weights = torch.linspace(-1, 1, B)[:, None]
     loss.backward()  # the graph is still whole; no block, no norms
     del loss
     with norms.sequences(batch_size=B):
         log_prob_sum(model, batch).backward()
-    assert weights.shape == (B, 1)
     assert torch.allclose(norms.squared(), true, rtol=1e-10)
 
 
@@ -179,6 +179,99 @@ def test_micro_batches_and_accumulated_gradients():
             log_prob_sum(model, {name: value[part] for name, value in batch.items()}).backward()
         found.append(norms.squared())
     assert torch.allclose(torch.cat(found), per_sample_grad_norms_func(model, log_prob_sum, batch), rtol=1e-10)
+
+
+def weight_decay(model, x):
+    return loss_of(model, x) + model.block.weight.square().sum()
+
+
+def functional_head(model, x):
+    return nn.functional.linear(model.middle(model.first(x)), model.head.weight, model.head.bias).sin().sum()
+
+
+def second_functional_use(model, x):
+    return loss_of(model, x) + nn.functional.linear(x, model.first.weight).sum()
+
+
+def forward_without_hooks(model, x):
+    return model.head(model.norm(model.block.forward(model.first(x)))).sum()
+
+
+@pytest.mark.parametrize("loss", [weight_decay, functional_head, second_functional_use, forward_without_hooks])
+@pytest.mark.parametrize("alone", [False, True])
+def test_every_use_in_the_graph_is_accounted_for(loss, alone):
+    """In every block and without any gradient of a weight; but what stands beside the layers by the gradients alone."""
+    model = Small()
+    norms = PerSampleGradNorms(model, check="first" if loss in (weight_decay, second_functional_use) else "never")
+    with pytest.raises(RuntimeError, match="elsewhere"), norms.sequences(batch_size=B):
+        norms.backward(loss(model, inputs())) if alone else loss(model, inputs()).backward()
+    assert not alone or all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("run", [
+    lambda model, loss: loss.backward(inputs=[model.head.weight]),
+    lambda model, loss: torch.autograd.grad(loss, [model.block.weight]),
+    lambda model, loss: torch.autograd.grad(loss, list(model.parameters())),
+])  # fmt: skip
+def test_backward_passes_for_some_tensors_are_refused(run):
+    model = Small()
+    norms = PerSampleGradNorms(model)
+    with pytest.raises(RuntimeError, match="for some tensors only"), norms.sequences(batch_size=B):
+        run(model, loss_of(model, inputs()))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_outputs_that_are_changed_in_place(alone, calls):
+    class InPlace(Small):
+        def middle(self, x):
+            for _ in range(self.calls):
+                x = self.block(self.norm(x)).relu_() + x
+                x[..., :2] *= 2
+            return x
+
+        def forward(self, x):
+            return super().forward(x).div_(0.7)
+
+    model = InPlace(calls)
+    norms = PerSampleGradNorms(model)
+    with norms.sequences(batch_size=B):
+        norms.backward(loss_of(model, inputs())) if alone else loss_of(model, inputs()).backward()
+    assert torch.allclose(norms.squared(), truth(model), rtol=1e-12)
+
+
+def test_offloaded_activations_and_dropout_and_a_scaled_loss():
+    model, batch = language_model("qwen3"), padded_batch(LENGTHS)
+    true = per_sample_grad_norms_func(model, log_prob_sum, batch)
+    norms = PerSampleGradNorms(model)
+    with torch.autograd.graph.save_on_cpu(), norms.sequences(batch_size=B):
+        (65536.0 * log_prob_sum(model, batch)).backward()
+    assert torch.allclose(norms.squared(scale=65536.0), true, rtol=1e-4)
+
+    dropped = Small(norm=nn.Sequential(nn.LayerNorm(6), nn.Dropout(0.5)))
+    norms = PerSampleGradNorms(dropped)
+    torch.manual_seed(1)
+    with norms.sequences(batch_size=B):
+        loss_of(dropped, inputs()).backward()
+    torch.manual_seed(1)  # the same mask, and the gradients by autograd, one sequence's loss at a time
+    losses = dropped(inputs()).sin().sum((1, 2))
+    found = [torch.autograd.grad(one, list(dropped.parameters()), retain_graph=True) for one in losses]
+    true = torch.stack([sum(g.square().sum() for g in of_one) for of_one in found])
+    assert torch.allclose(norms.squared(), true, rtol=1e-12)
+
+
+def test_residuals_that_are_added_in_place_under_autocast():
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6))
+
+    def loss(model):
+        h = model[0](inputs().float()).float()
+        h += model[1](h)  # autograd has kept a copy in bfloat16
+        return h.square().sum()
+
+    norms = PerSampleGradNorms(model)
+    with torch.autocast("cpu", torch.bfloat16), norms.sequences(batch_size=B):
+        loss(model).backward()
+    assert norms.squared().isfinite().all()
 
 
 @pytest.mark.parametrize("groups", [2, torch.tensor([5, 1, 5, 1, 1, 2])])
@@ -318,6 +411,123 @@ def test_norms_of_torch_and_frozen_parameters(norm, frozen):
     assert torch.allclose(norms.squared(), truth(model), rtol=1e-12)
 
 
+class TiedOnce(nn.Module):
+    """An embedding with padding, tied to a head that is called as often as wished."""
+
+    def __init__(self, heads=1, embeddings=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(7, 6, padding_idx=2), nn.Linear(6, 7)
+        self.head.weight = self.embed.weight
+        self.heads, self.embeddings = heads, embeddings
+        self.double()
+
+    def forward(self, ids):
+        x = sum(self.embed((ids + i) % 7) for i in range(self.embeddings))
+        return torch.cat([self.head(part) for part in x.tanh().chunk(self.heads, 1)], 1)
+
+
+@pytest.mark.parametrize(("heads", "embeddings"), [(1, 1), (3, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("alone", [False, True])
+def test_tied_weights_that_are_used_several_times(heads, embeddings, alone):
+    model, ids = TiedOnce(heads, embeddings), torch.randint(7, (B, 6))
+    norms = PerSampleGradNorms(model)
+    with norms.sequences(batch_size=B):
+        norms.backward(loss_of(model, ids)) if alone else loss_of(model, ids).backward()
+    assert torch.allclose(norms.squared(), truth(model, ids), rtol=1e-12)
+
+
+def test_layers_with_and_without_bias_that_share_their_input():
+    class Fan(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(5, n, bias=n % 2 == 0) for n in (2, 3, 4, 5))
+            self.double()
+
+        def forward(self, x):
+            return torch.cat([layer(x) for layer in self.layers], -1)
+
+    model = Fan()
+    norms = PerSampleGradNorms(model)
+    with norms.sequences(batch_size=B):
+        loss_of(model, inputs()).backward()
+    assert torch.allclose(norms.squared(), truth(model), rtol=1e-12)
+
+
+class Gated(nn.Module):
+    """A norm that takes a gate where there is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(6)), 1e-6
+
+    def forward(self, x, gate=None):
+        x = x if gate is None else x * gate
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+@pytest.mark.parametrize("call", [
+    lambda norm, x: norm(x), lambda norm, x: norm(x=x), lambda norm, x: norm(gate=None, x=x)
+])  # fmt: skip
+def test_inputs_by_name(call):
+    model = Small(norm=Gated())
+    model.middle = lambda x: call(model.norm, x)
+    norms = PerSampleGradNorms(model)
+    with norms.sequences(batch_size=B):
+        loss_of(model, inputs()).backward()
+    assert torch.allclose(norms.squared(), truth(model), rtol=1e-12)
+
+
+def test_further_arguments_are_refused():
+    model = Small(norm=Gated())
+    model.middle = lambda x: model.norm(x, gate=x)
+    norms = PerSampleGradNorms(model)
+    with pytest.raises(RuntimeError, match="'norm' was called with more"), norms.sequences(batch_size=B):
+        loss_of(model, inputs()).backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("change", [
+    nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm,
+    lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+])  # fmt: skip
+def test_weights_that_are_computed_from_others_are_refused(change):
+    import torch.nn.utils.prune  # noqa: F401
+
+    model = Small()
+    change(model.block)
+    with pytest.raises(ValueError, match=r"no rule for 'block\."):
+        PerSampleGradNorms(model)
+
+
+def test_embeddings_that_cannot_be_told_apart_are_refused():
+    model = nn.Sequential(nn.Embedding(9, 5))
+    norms = PerSampleGradNorms(model)
+    with pytest.raises(ValueError, match=r"positions of the whole batch"), norms.sequences(batch_size=B):
+        model(torch.arange(B)).sum().backward()
+    with pytest.raises(ValueError, match="no rule"):
+        PerSampleGradNorms(nn.Sequential(nn.Embedding(9, 5, scale_grad_by_freq=True)))
+
+
+def test_probing_leaves_the_model_as_it_is():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="BatchNorm1d"):
+        PerSampleGradNorms(model)
+    assert int(model[1].num_batches_tracked) == 0
+
+
+def test_by_autograd_under_autocast():
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.abs(), self.bias)
+
+    model = nn.Sequential(nn.Linear(5, 6), Odd(6, 3))
+    norms = PerSampleGradNorms(model, rules={Odd: by_autograd})
+    with torch.autocast("cpu", torch.bfloat16), norms.sequences(batch_size=B):
+        model(inputs().float()).float().sum().backward()
+    assert norms.squared().isfinite().all()
+
+
 def test_embeddings_with_padding_tied_to_two_heads():
     class Tied(nn.Module):
         def __init__(self):
@@ -347,6 +557,8 @@ def test_a_weight_used_behind_the_back_of_its_layer_is_found():
         (loss_of(model, inputs()) + model.block.weight.square().sum()).backward()
     model.zero_grad()
     norms = PerSampleGradNorms(model)
+    with pytest.raises(RuntimeError, match=r"'block\.weight' is used 2 times.* 1 times"), norms.sequences(batch_size=B):
+        norms.backward(loss_of(model, inputs()) + model.block.weight.square().sum())
     with pytest.raises(RuntimeError, match=r"'\w+\.\w+' got a gradient.*not called"), norms.sequences(batch_size=B):
         model.first(inputs()).mul(model.head.weight).sum().backward()
 
@@ -375,7 +587,7 @@ def test_position_embeddings_of_the_whole_batch_are_refused():
 )
 def test_bad_sequences_are_named(options, names):
     norms = PerSampleGradNorms(Small())
-    with pytest.raises(ValueError, match=names), norms.sequences(**options):
+    with pytest.raises((ValueError, TypeError), match=names), norms.sequences(**options):
         raise AssertionError("must not come here")
 
 
@@ -477,8 +689,28 @@ def test_an_exception_within_the_block_leaves_nothing_behind():
     norms = PerSampleGradNorms(model)
     with pytest.raises(ZeroDivisionError), norms.sequences(batch_size=B):
         (loss_of(model, inputs()).backward(), 1 / 0)
+    with pytest.raises(RuntimeError, match="no block"):
+        norms.squared()
     with norms.sequences(batch_size=B):
         loss_of(model, inputs()).backward()
+    assert torch.allclose(norms.squared(), truth(model), rtol=1e-12)
+    with pytest.raises(ValueError, match="batch_size"), norms.sequences(batch_size=B + 1):
+        loss_of(model, inputs()).backward()
+    with pytest.raises(RuntimeError, match="no block"):  # nor those of the block before
+        norms.squared()
+
+
+def test_copies_of_the_model_are_not_observed():
+    model = Small()
+    norms = PerSampleGradNorms(model)
+    loss_of(model, inputs())
+    average, saved = copy.deepcopy(model), io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    with norms.sequences(batch_size=B):
+        loss_of(model, inputs()).backward()
+        loss_of(average, inputs(1)).backward()
+        loss_of(torch.load(saved, weights_only=False), inputs(2)).backward()
     assert torch.allclose(norms.squared(), truth(model), rtol=1e-12)
 
 

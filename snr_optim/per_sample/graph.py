@@ -1,8 +1,9 @@
-"""A backward pass that stops before the weights: gradients of activations alone, half the work of a whole one."""
+"""What the autograd graph tells: how often each parameter is used, where hooks wait, and what a backward pass runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,38 +14,72 @@ _OBSERVED = "snr_optim: which of the outputs of this node a hook waits at"
 
 
 def mark_as_observed(output: Tensor) -> None:
-    """Note in the graph that the gradient of this tensor is wanted."""
+    """Note in the graph that a hook waits for the gradient of this tensor."""
     node: Any = output.grad_fn
     node.metadata.setdefault(_OBSERVED, set()).add(output.output_nr)
 
 
-def run_without_weight_gradients(loss: Tensor, retain_graph: bool) -> None:
-    """Bring gradients to all tensors that are observed, and to nothing below them.
+class Survey:
+    """Counts the uses of parameters below nodes of the graph, whoever made them: a layer, or a call of ``F.linear``.
+
+    A use is an edge into what depends on one parameter alone: itself, its transpose, its cast to another precision.
+
+    Args:
+        name_of: of a parameter that counts; None for other leaves.
+    """
+
+    def __init__(self, name_of: Callable[[Tensor], str | None]) -> None:
+        self.uses: Counter[str] = Counter()
+        self._name_of = name_of
+        self._alone: dict[Any, str | None] = {}  # the parameter that all below a node depends on, if it is just one
+        self._observed: dict[Any, bool] = {}  # does a hook wait at or below a node?
+        self._leaves: list[Any] = []
+
+    def visit(self, root: Node) -> Iterator[GradientEdge]:
+        """Look at all below a node, once; yields where hooks wait that have none below them."""
+        stack: list[Any] = [root]
+        while stack:
+            node = stack[-1]
+            children = [child for child, _ in node.next_functions if child is not None]
+            waiting = [] if node in self._alone else [child for child in children if child not in self._alone]
+            if waiting:
+                stack += waiting
+                continue
+            stack.pop()
+            if node not in self._alone:
+                yield from self._close(node, children)
+
+    def _close(self, node: Any, children: list[Any]) -> Iterator[GradientEdge]:
+        here = node.metadata.get(_OBSERVED, ())
+        below = any(self._observed[child] for child in children)
+        self._observed[node] = below or bool(here)
+        if hasattr(node, "variable"):
+            self._leaves.append(node)
+            self._alone[node] = self._name_of(node.variable)
+        else:
+            names = {self._alone[child] for child in children}
+            self._alone[node] = names.pop() if len(names) == 1 and not here else None
+            if self._alone[node] is None:
+                self.uses.update(name for child in children if (name := self._alone[child]) is not None)
+        if here and not below:
+            yield from (GradientEdge(node, number) for number in here)
+
+    def runs_whole(self) -> bool:
+        """Whether the running backward pass brings a gradient to every leaf that was seen."""
+        try:
+            return all(torch._C._will_engine_execute_node(leaf) for leaf in self._leaves)
+        except RuntimeError:  # torch.autograd.grad
+            return False
+
+
+def run_without_weight_gradients(loss: Tensor, survey: Survey, retain_graph: bool) -> None:
+    """Bring gradients to all tensors at which hooks wait, and to nothing below them.
 
     Raises:
         ValueError: ``loss`` is no scalar with a graph behind it.
     """
     if loss.numel() != 1 or loss.grad_fn is None:
         raise ValueError(f"log_prob_sum: expected a scalar with a graph, got shape {list(loss.shape)}")
-    edges = list(_deepest(loss.grad_fn))
+    edges = list(survey.visit(loss.grad_fn))
     if edges:
         torch.autograd.grad(loss, edges, retain_graph=retain_graph, allow_unused=True)
-
-
-def _deepest(root: Node) -> Iterator[GradientEdge]:
-    """What is observed and has nothing observed below it: on the way there, autograd passes all the rest."""
-    below: dict[Any, bool] = {}  # is anything observed there?
-    stack: list[Any] = [root]
-    while stack:
-        node = stack[-1]
-        children = [child for child, _ in node.next_functions if child is not None]
-        waiting = [] if node in below else [child for child in children if child not in below]
-        if waiting:
-            stack += waiting
-            continue
-        stack.pop()
-        if node in below:
-            continue
-        below[node] = any(below[child] or _OBSERVED in child.metadata for child in children)
-        if not below[node]:
-            yield from (GradientEdge(node, number) for number in node.metadata.get(_OBSERVED, ()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter as Counts
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from snr_optim.per_sample.capture import Observation
-from snr_optim.per_sample.rules import Rule, rule_of
+from snr_optim.per_sample.rules import Rule, counts_uses, rule_of
 
 
 @dataclass(eq=False)
@@ -23,6 +24,7 @@ class Layer:
     rule: Rule
     names: dict[str, str]  # of its parameters: within the module, and within the model
     shared: set[str]  # those, by their names within the model, that other modules own too
+    input_name: str  # of the first argument of its forward
     waiting: WeakSet[Observation] = field(default_factory=WeakSet)  # calls whose gradient has not come yet
 
 
@@ -41,10 +43,11 @@ def layers_of(model: nn.Module, wanted: Callable[[str], bool], rules: Mapping[ty
         if not own:
             continue
         rule = rule_of(module, rules)
-        if rule is None:
+        if rule is None or (counts_uses(rule) and not own.keys() <= {"weight", "bias"}):  # reparametrised
             missing += [f"{full!r} ({type(module).__name__})" for full in own.values()]
         else:
-            layers.append(Layer(name, module, rule, own, {full for full in own.values() if owners[full] > 1}))
+            shared = {full for full in own.values() if owners[full] > 1}
+            layers.append(Layer(name, module, rule, own, shared, _input_name(module)))
     if missing:
         raise ValueError(
             f"model: no rule for {some(missing)}. Freeze them, leave them out on purpose by parameters=, "
@@ -53,6 +56,19 @@ def layers_of(model: nn.Module, wanted: Callable[[str], bool], rules: Mapping[ty
     if not layers:
         raise ValueError("model: expected at least one parameter with requires_grad")
     return layers
+
+
+def _input_name(module: nn.Module) -> str:
+    return next(iter(inspect.signature(module.forward).parameters), "")
+
+
+def refuse_tensor_parallel(model: nn.Module) -> None:
+    """Raise a ValueError that names the first parameter that is sharded, but not by ``fully_shard``."""
+    sharded = any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
+    for name, parameter in model.named_parameters():
+        shards = sum(placement.is_shard() for placement in getattr(parameter, "placements", ()))
+        if hasattr(parameter, "placements") and (not sharded or shards > 1):
+            raise ValueError(f"model: {name!r} is sharded by tensor parallelism, which is not supported")
 
 
 def device_of(model: nn.Module, names: set[str]) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
@@ -33,8 +34,12 @@ class Layout:
     @classmethod
     def padded(cls, batch_size: int, groups: int | Tensor | None, device: torch.device) -> Layout:
         """``[batch_size, ...]``, one item per sequence."""
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected a positive number of sequences, got {batch_size!r}")
+        try:
+            batch_size = operator.index(batch_size)
+        except TypeError:
+            raise TypeError(f"batch_size: expected an integer, got {type(batch_size).__name__}") from None
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected a positive number of sequences, got {batch_size}")
         sequences = Segments.uniform(batch_size, 1, device)
         return cls(batch_size, *_grouped(sequences, groups, device), packed=False)
 

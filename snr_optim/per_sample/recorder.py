@@ -1,4 +1,4 @@
-"""The hooks: every call of a layer keeps its input, and its backward pass turns that into norms per sequence."""
+"""``PerSampleGradNorms``: what users hold; from the gradients of outputs to norms per sequence."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
-from snr_optim.backward import current_backward, is_nested_backward
 from snr_optim.kernels._launch import exactly
-from snr_optim.per_sample.capture import Observation
+from snr_optim.per_sample.block import Block
+from snr_optim.per_sample.capture import CallRecord, Casts, ForwardHook, Observation
 from snr_optim.per_sample.check import GradientCheck
-from snr_optim.per_sample.graph import mark_as_observed, run_without_weight_gradients
-from snr_optim.per_sample.layers import Layer, device_of, layers_of, refuse_compiled, some
+from snr_optim.per_sample.graph import Survey, run_without_weight_gradients
+from snr_optim.per_sample.layers import Layer, device_of, layers_of, refuse_compiled, refuse_tensor_parallel, some
 from snr_optim.per_sample.layout import Layout
-from snr_optim.per_sample.rules import Call, Embedding, Rule, Uses, wants_inputs
+from snr_optim.per_sample.rules import Call, Embedding, Rule, counts_uses
 from snr_optim.per_sample.totals import ExactTotals, SketchTotals, Totals, next_size
 
 FIRST_SKETCH = 16  # columns, before any error is known
@@ -67,9 +68,10 @@ class PerSampleGradNorms:
             as the errors of the one before suggest. ``sketch_size`` is the number of columns; set it to start
             elsewhere.
         seed: of the sketches. Ranks with the same seed draw the same signs.
-        check: compare, in the first block with a training backward pass, every parameter's gradient with what the
-            layers account for: it takes about as long as the weight gradients, and finds weights that are used
-            where no hook sees it.
+        check: when to compare, in a block with a training backward pass, every parameter's gradient with what the
+            layers account for: ``"first"`` block only, as it takes about as long as the weight gradients,
+            ``"always"`` or ``"never"``. That no parameter is used where no hook sees it is looked up in the graph
+            each time.
 
     Raises:
         ValueError: a trainable parameter without a rule, none at all, several devices, compiled modules, options
@@ -98,34 +100,41 @@ class PerSampleGradNorms:
         rules: Mapping[type[nn.Module], Rule] | None = None,
         relative_error: float = 0.1,
         seed: int = 0,
-        check: bool = True,
+        check: Literal["first", "always", "never"] = "first",
     ) -> None:
         if method not in ("exact", "sketch"):
             raise ValueError(f"method: expected 'exact' or 'sketch', got {method!r}")
         if not 0 < relative_error < 1:
             raise ValueError(f"relative_error: expected a number between 0 and 1, got {relative_error!r}")
+        if check not in ("first", "always", "never"):
+            raise ValueError(f"check: expected 'first', 'always' or 'never', got {check!r}")
         self.method, self.relative_error, self.seed = method, relative_error, seed
         self.sketch_size = FIRST_SKETCH
         self._model = model
         self._wanted = parameters or (lambda name: True)
+        refuse_compiled(model)
+        refuse_tensor_parallel(model)
         self._layers = layers_of(model, self._wanted, rules or {})
         self._covered = {name for layer in self._layers for name in layer.names.values()}
+        self._opaque = {name for layer in self._layers if not counts_uses(layer.rule) for name in layer.names.values()}
         self._device = device_of(model, self._covered)
-        refuse_compiled(model)
-        self._check: GradientCheck | None = GradientCheck() if check else None
-        self._block: _Block | None = None
+        self._check_when, self._checked = check, False
+        self._block: Block | None = None
         self._blocks = 0
         self._result: tuple[Tensor, Tensor | None] | None = None
+        self._casts = Casts()
+        self._names = WeakIdKeyDictionary()  # of parameters, those too that fully_shard puts in place
         me = weakref.ref(self)
         handles = [
-            layer.module.register_forward_hook(partial(_on_forward, me, layer), with_kwargs=True)
-            for layer in self._layers
+            layer.module.register_forward_hook(ForwardHook(me, layer), with_kwargs=True) for layer in self._layers
         ]
-        shards = {name for name, p in model.named_parameters() if hasattr(p, "placements")}  # get theirs by other ways
-        self._plain = self._covered - shards
         for name, p in model.named_parameters():
-            if name in self._plain:
-                handles.append(p.register_hook(partial(_on_parameter, me, name)))  # type: ignore[no-untyped-call]
+            if name in self._covered:
+                self._names[p] = name
+                if hasattr(p, "placements"):  # a shard gets its gradient by other ways
+                    self._check_when = "never"
+                else:
+                    handles.append(p.register_hook(partial(_on_parameter, me, name)))  # type: ignore[no-untyped-call]
         self._remove = weakref.finalize(self, _remove_all, handles)
 
     # -- what the user calls ------------------------------------------------------------------------
@@ -173,21 +182,18 @@ class PerSampleGradNorms:
             totals = ExactTotals(len(layout), self._device)
         else:
             totals = SketchTotals(len(layout), self._device, self.sketch_size, (self.seed, self._blocks))
-        self._block = _Block(layout, totals)
+        checked = self._check_when == "always" or (self._check_when == "first" and not self._checked)
+        self._block = Block(layout, totals, Survey(self._name_of), GradientCheck() if checked else None)
         try:
             yield
             block = self._block
-            if block.backward is None:
-                raise RuntimeError("sequences: no backward pass through the model within the block")
-            if self._check is not None and self._check.finish():
-                self._check = None
+            block.expect_every_use()
             with exactly(self._device):
-                self._result = block.totals.finish()
+                self._result = totals.finish()
         finally:
             self._block = None
-            if self._check is not None:
-                self._check.clear()
         self._blocks += 1
+        self._checked |= block.check is not None and block.check.compared
         squared, variances = self._result
         if variances is not None:
             self.sketch_size = next_size(self.sketch_size, squared, variances, self.relative_error)
@@ -208,8 +214,8 @@ class PerSampleGradNorms:
         """
         if self._block is None:
             raise RuntimeError("backward: expected within `with norms.sequences(...)`")
-        self._block.norms_alone = True
-        run_without_weight_gradients(log_prob_sum, retain_graph)
+        self._block.norms_alone, self._block.check = True, None
+        run_without_weight_gradients(log_prob_sum, self._block.survey, retain_graph)
 
     def squared(self, scale: float | Tensor = 1.0) -> Tensor:
         """Squared norms of the last block.
@@ -225,23 +231,23 @@ class PerSampleGradNorms:
             RuntimeError: no block has been completed.
             ValueError: ``scale`` of another shape.
         """
-        norms, _ = self._finished()
+        norms, _ = self._finished("squared")
         return norms / _square(scale, norms)
 
     def standard_error(self, scale: float | Tensor = 1.0) -> Tensor:
         """Estimated standard error of each of the :meth:`squared` norms: 0 where they are exact."""
-        norms, variances = self._finished()
+        norms, variances = self._finished("standard_error")
         if variances is None:
             return torch.zeros_like(norms)
-        return variances.sqrt() / _square(scale, norms)
+        return variances.sqrt().to(norms.dtype) / _square(scale, norms)
 
     def remove(self) -> None:
         """Take the hooks off the model."""
         self._remove()
 
-    def _finished(self) -> tuple[Tensor, Tensor | None]:
+    def _finished(self, asked: str) -> tuple[Tensor, Tensor | None]:
         if self._result is None:
-            raise RuntimeError("squared: no block of `with norms.sequences(...)` has been completed")
+            raise RuntimeError(f"{asked}: no block of `with norms.sequences(...)` has been completed")
         return self._result
 
     def _expect_known_parameters(self) -> None:
@@ -254,25 +260,29 @@ class PerSampleGradNorms:
 
     # -- what the hooks call ------------------------------------------------------------------------
 
-    def _on_gradient(self, layer: Layer, trained: list[str], observed: Observation, gradient: Tensor) -> None:
+    def _name_of(self, parameter: Tensor) -> str | None:
+        """Of a parameter whose uses are counted."""
+        name: str | None = self._names.get(parameter)  # type: ignore[no-untyped-call]
+        return None if name in self._opaque else name
+
+    def _on_gradient(self, layer: Layer, record: CallRecord, observed: Observation, gradient: Tensor) -> None:
         """The gradient of a layer's output has come."""
         block = self._block
         if block is None:
             return
-        block.enter(current_backward())
+        block.enter()
+        if not record.alone:
+            raise RuntimeError(f"{layer.name!r} was called with more than its input: no rule tells what that does")
         inputs = observed.inputs()
+        gradient = gradient.view(record.shape)
         with exactly(gradient.device):
-            call = Call(layer.module, gradient if inputs is None else inputs, gradient, block.layout, trained)
+            given = gradient if inputs is None else inputs
+            call = Call(layer.module, given, gradient, block.layout, record.trained, record.autocast)
             try:
                 uses = layer.rule(call)
             except ValueError as error:
                 raise ValueError(f"{error} (in {layer.name!r})") from None
-            named = {layer.names[local]: use for local, use in uses.items()}
-            if self._check is not None and not block.norms_alone:
-                self._check.expect({name: use for name, use in named.items() if name in self._plain})
-            once = not observed.others_wait()
-            tied = {local: self._tied_ids(layer, layer.names[local]) for local in uses if once}
-            block.report(layer, uses, once, tied)
+            block.report(layer, uses, once=not observed.others_wait(), tied=self._tied_ids)
             block.lowest = min(block.lowest, gradient.dtype, key=lambda dtype: dtype.itemsize)
 
     def _tied_ids(self, layer: Layer, name: str) -> Tensor | None:
@@ -287,83 +297,14 @@ class PerSampleGradNorms:
         block = self._block
         if block is None:
             return
-        if name not in block.used:
+        if not block.reported[name]:
             raise RuntimeError(
                 f"{name!r} got a gradient, but the layer that owns it was not called: its weight is used elsewhere, "
-                "by a fused loss perhaps, where no hook sees it"
+                "by a fused loss perhaps, where no hook sees it; or the forward pass ran before PerSampleGradNorms "
+                "was made"
             )
-        if self._check is not None:
-            self._check.compare(name, gradient, block.lowest)
-
-
-class _Block:
-    """What one ``with norms.sequences(...)`` has seen so far."""
-
-    def __init__(self, layout: Layout, totals: Totals) -> None:
-        self.layout, self.totals = layout, totals
-        self.backward: int | None = None  # the pass that is no checkpoint's
-        self.norms_alone = False  # no parameter gets a gradient
-        self.used: set[str] = set()  # parameters, by name
-        self.lowest = torch.float64  # precision among the gradients
-        self._passes: set[int] = set()
-        self._counted: set[Layer] = set()  # layers whose norms are in the totals
-        self._kept: set[Layer] = set()
-
-    def enter(self, number: int) -> None:
-        """A gradient came in this run of autograd.
-
-        Raises:
-            RuntimeError: it is another one than before.
-        """
-        if number in self._passes:
-            return
-        self._passes.add(number)
-        if is_nested_backward():
-            return
-        if self.backward is not None:
-            raise RuntimeError("sequences: a second backward pass within one block; take a block for each")
-        self.backward = number
-
-    def report(self, layer: Layer, uses: Uses, once: bool, tied: Mapping[str, Tensor | None]) -> None:
-        """Count the uses, or keep those whose parameters have others; ``tied``: ids, if an embedding has it."""
-        if layer in self._counted:
-            raise RuntimeError(
-                f"{layer.name!r} is called several times under a reentrant checkpoint, which does not tell before it "
-                "is too late; use_reentrant=False"
-            )
-        once = once and layer not in self._kept
-        kept = {local for local in uses if not once or layer.names[local] in layer.shared}
-        self.totals.add(layer.names, {local: use for local, use in uses.items() if local not in kept})
-        for local in kept:
-            ids = tied.get(local)
-            self.totals.keep(layer.names[local], uses[local], None if ids is None else self.layout.cut_ids(ids))
-        (self._counted if once else self._kept).add(layer)
-        self.used.update(layer.names[local] for local in uses)
-
-
-def _on_forward(
-    recorder: weakref.ref[PerSampleGradNorms], layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: Any
-) -> None:
-    """A layer was called: hook its output, if a gradient may come."""
-    if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(output):
-        return  # torch.func differentiates by its own ways
-    trained = [
-        local for local, p in module._parameters.items() if local in layer.names and p is not None and p.requires_grad
-    ]
-    if not trained:
-        return
-    mark_as_observed(output)
-    given: Tensor = args[0] if args else next(iter(kwargs.values()))
-
-    def on_gradient(observed: Observation, gradient: Tensor) -> None:
-        me = recorder()
-        if me is not None:
-            me._on_gradient(layer, trained, observed, gradient)
-
-    inputs = given if wants_inputs(layer.rule, trained) else None
-    output.register_hook(Observation(layer.waiting, inputs, on_gradient))  # type: ignore[no-untyped-call]
+        if block.check is not None:
+            block.check.compare(name, gradient, block.lowest)
 
 
 def _on_parameter(recorder: weakref.ref[PerSampleGradNorms], name: str, gradient: Tensor) -> None:
@@ -379,7 +320,7 @@ def _remove_all(handles: list[RemovableHandle]) -> None:
 
 def _square(scale: float | Tensor, norms: Tensor) -> Tensor:
     """``scale^2``; NaN where it is zero, for then the backward pass knew nothing of the sequence."""
-    square = torch.as_tensor(scale, dtype=norms.dtype, device=norms.device).square()
+    square = torch.as_tensor(scale, dtype=norms.dtype, device=norms.device).detach().square()
     if square.dim() and square.shape != norms.shape:
         raise ValueError(f"scale: expected a number or one per sequence, {list(norms.shape)}, got {list(square.shape)}")
     return square.masked_fill(square == 0, math.nan)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from snr_optim.per_sample.layout import Layout
-from snr_optim.per_sample.trial import kind_of_norm, scale_of_embedding, without_hooks
+from snr_optim.per_sample.probe import kind_of_norm, scale_of_embedding, without_hooks
 from snr_optim.per_sample.uses import BiasUse, MatrixUse, PerUnitUse, ScaleUse, Source, Use
 
 Uses: TypeAlias = dict[str, Use]  # by the name of the parameter within its module
@@ -28,6 +28,7 @@ class Call:
     grad_output: Tensor
     layout: Layout
     trained: Collection[str]  # names of the parameters, within the module, whose uses are wanted
+    autocast: torch.dtype | None  # of the forward pass
 
 
 Rule: TypeAlias = Callable[[Call], Uses]
@@ -49,8 +50,6 @@ def _affine(call: Call, transposed: bool) -> Uses:
     uses: Uses = {}
     if "weight" in call.trained:
         inputs, _ = call.layout.cut(call.inputs)
-        if inputs.dtype.itemsize > gradient.dtype.itemsize:
-            inputs = inputs.to(gradient.dtype)  # as autocast did
         shape = (gradient.shape[1], inputs.shape[1])
         uses["weight"] = MatrixUse(gradient, inputs, segments, shape, transposed, source=Source(call.inputs))
     if "bias" in call.trained:
@@ -66,6 +65,11 @@ class Embedding:
 
     def __call__(self, call: Call) -> Uses:
         gradient, segments = call.layout.cut(call.grad_output)
+        if call.inputs.dim() < 2 and not call.layout.packed:
+            raise ValueError(
+                f"batch_size: ids of shape {list(call.inputs.shape)} could be positions of the whole batch; "
+                "expected [batch_size, ...]"
+            )
         ids, _ = call.layout.cut_ids(call.inputs)
         if self.scale != 1.0:
             gradient = gradient * self.scale
@@ -121,7 +125,8 @@ def by_autograd(call: Call) -> Uses:
         x, g = inputs[items], gradient[items]
         if layout.packed and call.inputs.shape[0] == 1:
             x, g = x[None], g[None]
-        with torch.enable_grad():
+        kind, dtype = x.device.type, call.autocast
+        with torch.enable_grad(), torch.autocast(kind, dtype, enabled=dtype is not None):
             y = without_hooks(module, module._parameters | parameters).forward(x)
         found = torch.autograd.grad(y, list(parameters.values()), g, materialize_grads=True, allow_unused=True)
         of_unit.append(found)
@@ -129,6 +134,16 @@ def by_autograd(call: Call) -> Uses:
 
 
 # -------------------------------------------------------------------------------------------------- which rule for whom
+def casts_inputs(rule: Rule) -> bool:
+    """Whether autocast brings the input of such a layer to its own precision."""
+    return rule in (linear, conv1d)
+
+
+def counts_uses(rule: Rule) -> bool:
+    """Whether every call of such a layer is one use of ``weight`` and ``bias`` each, and there is nothing else."""
+    return rule in (linear, conv1d) or isinstance(rule, Embedding | Norm)
+
+
 def wants_inputs(rule: Rule, trained: Collection[str]) -> bool:
     """Whether a rule looks at the input: not for the gradient of a bias alone."""
     return "weight" in trained or not (rule in (linear, conv1d) or isinstance(rule, Norm))

@@ -42,7 +42,7 @@ class ExactTotals:
         weight, bias = uses.get("weight"), uses.get("bias")
         if isinstance(weight, MatrixUse) and not weight.one_hot and isinstance(bias, BiasUse | None):
             self._enqueue(weight, bias is not None)
-            return
+            uses = {local: use for local, use in uses.items() if local not in ("weight", "bias")}
         self._parts += [use.squared() for use in uses.values()]
 
     def _enqueue(self, use: MatrixUse, bias: bool) -> None:
@@ -117,7 +117,8 @@ class SketchTotals:
     def _estimate(self, sketch: Tensor) -> None:
         columns = sketch.to(torch.promote_types(sketch.dtype, torch.float32)).square().sum(-1)  # [S, k]
         self._parts.append(columns.mean(1))
-        self._variances.append(columns.var(1) / self._size)
+        exact = columns if columns.device.type == "mps" else columns.double()  # fourth powers of a scaled loss
+        self._variances.append(exact.var(1) / self._size)
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
         for sketches in self._kept.values():
@@ -132,7 +133,7 @@ def next_size(size: int, squared: Tensor, variances: Tensor, relative_error: flo
     The geometric mean with the present number, as a single sketch does not know its error well. Where nothing was
     estimated, exact norms being cheaper, the number stays.
     """
-    relative = variances / squared.square()
+    relative = (variances.sqrt() / squared).square()
     relative = relative[torch.isfinite(relative) & (variances > 0)]
     if not len(relative):
         return size

@@ -38,7 +38,7 @@ def scale_of_embedding(module: nn.Embedding) -> float | None:
     for table in (torch.ones(3, 4), torch.arange(12.0).view(3, 4).cos()):
         weight = nn.Parameter(table.to(device, dtype), requires_grad=False)
         trial = without_hooks(module, {"weight": weight})
-        trial.padding_idx = None
+        trial.padding_idx, trial.training = None, True  # so that dropout shows
         try:
             with torch.no_grad():
                 found.append((trial.forward(ids), weight[ids]))
@@ -55,7 +55,13 @@ def kind_of_norm(module: nn.Module) -> tuple[bool, float, bool] | None:
     weight = module._parameters.get("weight")
     names = [name for name, p in module._parameters.items() if p is not None]
     eps = next((getattr(module, name) for name in EPS if isinstance(getattr(module, name, None), float)), None)
-    if names not in (["weight"], ["weight", "bias"]) or weight is None or weight.dim() != 1 or eps is None:
+    if (
+        any(True for _ in module.buffers())
+        or names not in (["weight"], ["weight", "bias"])
+        or weight is None
+        or weight.dim() != 1
+        or eps is None
+    ):
         return None
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):  # not every kernel has float64
         generator = torch.Generator().manual_seed(0)
@@ -77,7 +83,9 @@ def _gradients(module: nn.Module, names: list[str], x: Tensor, g: Tensor) -> tup
     drawn = {name: nn.Parameter(torch.linspace(-1, 2, x.shape[-1], dtype=x.dtype, device=x.device)) for name in names}
     try:
         with torch.enable_grad():
-            y = without_hooks(module, drawn).forward(x)
+            trial = without_hooks(module, drawn)
+            trial.training = True
+            y = trial.forward(x)
             return torch.autograd.grad(y, list(drawn.values()), g.to(y.dtype))
     except Exception:  # whatever went wrong: it is no norm
         return None
