@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from snr_optim import GradientMoments, GradWeightedBaseline, SNRAdaptiveLR, logit_grad_norms
+from snr_optim import GradientMoments, GradWeightedBaseline, PerSampleGradNorms, SNRAdaptiveLR, logit_grad_norms
 from snr_optim.kernels._segments import Segments
 from snr_optim.kernels.linear_grad_norms import linear_grad_norms, linear_grad_norms_reference
 from snr_optim.kernels.norm_embedding_grad_norms import (
@@ -156,3 +156,31 @@ def test_linear_norms_keep_no_matrix_of_tokens_and_no_gradient():
         before = torch.cuda.memory_allocated()
         linear_grad_norms(a, g, segments, method)
         assert torch.cuda.max_memory_allocated() - before < 4 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["exact", "sketch"])
+def test_norms_of_a_language_model(dtype, method):
+    from language_models import language_model, log_prob_sum, padded_batch
+
+    batch = padded_batch((7, 3, 6, 4, 9))
+    on_cpu = PerSampleGradNorms(language_model("qwen3").to(dtype).double())
+    with on_cpu.sequences(batch_size=5):
+        log_prob_sum(on_cpu._model, batch).backward()
+    model = language_model("qwen3").to("cuda", dtype)
+    norms = PerSampleGradNorms(model, method, check="never")  # short sequences: sketches are exact
+    there = {name: value.cuda() for name, value in batch.items()}
+
+    def run():
+        loss = log_prob_sum(model, there)
+        torch.cuda.set_sync_debug_mode("error")  # nothing between the gradients and the norms waits
+        try:
+            with norms.sequences(batch_size=5):
+                loss.backward()
+            return norms._result[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    run()
+    rtol = 1e-3 if dtype == torch.float32 else 0.1
+    assert torch.allclose(run().cpu().double(), on_cpu.squared(), rtol=rtol)

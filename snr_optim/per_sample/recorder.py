@@ -54,8 +54,12 @@ class PerSampleGradNorms:
     **Works with** micro-batches (a block each), gradient checkpointing, offloading of saved tensors, autocast, DDP and
     ``fully_shard`` (norms of the rank's own sequences), dropout, ``eval()``. Checkpoints that are reentrant must not
     hold a module that is called twice. Blocks compiled by ``torch.compile`` are refused; compiling *after* this
-    object was made works, with a graph break at every layer. Layers must treat tokens one by one or sequences apart, so
-    that a gradient belongs to one sequence: batch norms and mixtures of experts have no rule.
+    object was made works, with a graph break at every layer.
+
+    **Must hold**: the first dimension of every activation is the batch, or it holds the packed tokens; and sequences do
+    not meet within a layer, as in batch norms or in experts that are given tokens of all sequences. Other shapes are
+    refused, but one that happens to fit cannot be told apart. While another graph of the model is alive (a loss of
+    before that is still referenced), its calls seem to wait for gradients, and inputs are kept until the block ends.
 
     Args:
         model: as it will be trained: wrapped, frozen and with its adapters. It is hooked until :meth:`remove`, or until
@@ -181,6 +185,8 @@ class PerSampleGradNorms:
         if self.method == "exact":
             totals = ExactTotals(len(layout), self._device)
         else:
+            if not isinstance(self.sketch_size, int) or self.sketch_size < 2:
+                raise ValueError(f"sketch_size: expected an integer of at least 2 columns, got {self.sketch_size!r}")
             totals = SketchTotals(len(layout), self._device, self.sketch_size, (self.seed, self._blocks))
         checked = self._check_when == "always" or (self._check_when == "first" and not self._checked)
         self._block = Block(layout, totals, Survey(self._name_of), GradientCheck() if checked else None)

@@ -113,8 +113,13 @@ class MatrixUse:
 
     def sketch(self, signs: Tensor) -> Tensor:
         """``sum_t (left_t R)^T right_t`` per unit for ``R = signs``, ``[d_out, k]``: ``[S, k, d_in]``."""
-        exact = torch.float32 if self.right.dtype == torch.float16 else self.right.dtype
-        projected = signs[self.left].to(exact) if self.one_hot else self.left.to(exact) @ signs.to(exact)
+        exact = exact_dtype(self.right)
+        if self.one_hot:
+            projected = signs[self.left].to(exact)
+        elif self.left.dtype == torch.bfloat16:  # sums in float32, and rounded once: no copy of the larger factor
+            projected = (self.left @ signs.to(torch.bfloat16)).to(exact)
+        else:
+            projected = self.left.to(exact) @ signs.to(exact)
         right = self._right(slice(None)).to(exact)
         sums = torch.zeros(len(self.segments), signs.shape[1], right.shape[1], dtype=exact, device=right.device)
         for stack in self.segments.stacks(most_rows=self.segments.rows):
