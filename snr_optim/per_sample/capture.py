@@ -37,6 +37,9 @@ class _Keep(torch.autograd.Function):
         raise NotImplementedError
 
 
+_ANCHOR = torch.empty(0, requires_grad=True)  # without an input that wants a gradient there would be no node
+
+
 class Casts:
     """The last input that autocast brought to a lower precision: once for all layers that were given it."""
 
@@ -75,8 +78,7 @@ class Observation:
         self._wants_inputs = inputs is not None
         self._node: Any = None
         if inputs is not None:
-            anchor = torch.empty(0, requires_grad=True)
-            self._node = _Keep.apply(inputs.detach(), anchor).grad_fn  # type: ignore[no-untyped-call]
+            self._node = _Keep.apply(inputs.detach(), _ANCHOR).grad_fn  # type: ignore[no-untyped-call]
         if current_backward() == -1:  # what a checkpoint recomputes is no further call: its first one waits already
             waiting.add(self)
 
@@ -148,8 +150,9 @@ class ForwardHook:
         trained = [local for local, p in own.items() if p.requires_grad]
         if not trained:
             return
-        for local in trained:
-            me._names[own[local]] = layer.names[local]
+        if (known := tuple(map(id, own.values()))) != layer.known:
+            layer.known = known
+            me._names.update((p, layer.names[local]) for local, p in own.items())
         given = args[0] if args else kwargs.get(layer.input_name)
         others = [*args[1:], *(value for name, value in kwargs.items() if args or name != layer.input_name)]
         kind = output.device.type

@@ -25,6 +25,7 @@ class Layer:
     names: dict[str, str]  # of its parameters: within the module, and within the model
     shared: set[str]  # those, by their names within the model, that other modules own too
     input_name: str  # of the first argument of its forward
+    known: tuple[int, ...] = ()  # parameters whose names were noted
     waiting: WeakSet[Observation] = field(default_factory=WeakSet)  # calls whose gradient has not come yet
 
 
