@@ -238,14 +238,6 @@ def is_of_norm(name: str) -> bool:
     return "norm" in name
 
 
-def backward_without_weights(norms: PerSampleGradNorms, name: str, model: Any, seen: Seen, retain_graph: bool) -> None:
-    if name == "RMSNorm only":  # by hand: its `backward` stops at the embedding, which it does not look at
-        scales = [p for parameter, p in model.named_parameters() if is_of_norm(parameter)]
-        torch.autograd.grad(seen.log_probs.sum(), scales, retain_graph=retain_graph)
-    else:
-        norms.backward(seen.log_probs.sum(), retain_graph=retain_graph)
-
-
 def weigh(model: Any, rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Of each output the exact squared norm and every proxy, in float64; and the median size of each sketch."""
     recorders = {name: recorder(model, name) for name in ("RMSNorm only", *SKETCHES, "exact")}
@@ -259,7 +251,7 @@ def weigh(model: Any, rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, in
             for _ in range(ADAPTING if number == 0 and name in SKETCHES else 1):
                 size = norms.sketch_size
                 with norms.sequences(batch_size=len(rows)):
-                    backward_without_weights(norms, name, model, seen, retain_graph=True)
+                    norms.backward(seen.log_probs.sum(), retain_graph=True)
             found[name].append(norms.squared().double())
             if name in SKETCHES:
                 sizes[name].append(size)
@@ -442,7 +434,7 @@ def training_step(
         FROM_FORWARD[proxy](seen)
     elif norms is not None and how == "extra":
         with norms.sequences(batch_size=len(advantages)):
-            backward_without_weights(norms, proxy, model, seen, retain_graph=True)
+            norms.backward(seen.log_probs.sum(), retain_graph=True)
         norms.squared()
     done = time.perf_counter()
     if norms is not None and how == "riding":
