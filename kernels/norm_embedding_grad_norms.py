@@ -54,7 +54,7 @@ def norm_grad_norms(
 
     Example:
         >>> x, g = torch.tensor([[3.0, -3.0], [2.0, 2.0]]), torch.tensor([[1.0, 1.0], [5.0, 0.0]])
-        >>> norm_grad_norms(x, g, torch.tensor([0, 1, 2]), eps=0.0)     # ||(1, -1)||^2, ||(5, 0)||^2
+        >>> norm_grad_norms(x, g, torch.tensor([0, 1, 2]), eps=0.0).round(decimals=4)     # ||(1, -1)||^2, ||(5, 0)||^2
         tensor([ 2., 25.])
     """
     segments = Segments.of(cu_seqlens).on(inputs.device)

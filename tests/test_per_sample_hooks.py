@@ -260,6 +260,56 @@ def test_offloaded_activations_and_dropout_and_a_scaled_loss():
     assert torch.allclose(norms.squared(), true, rtol=1e-12)
 
 
+def test_gradients_that_are_zero_but_for_rounding_raise_no_alarm():
+    """The bias of the keys of softmax attention has none."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.q, self.k, self.v = (nn.Linear(5, 8) for _ in range(3))
+
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+
+    for dtype in (torch.float32, torch.float64):
+        model = Attention().to(dtype)
+        norms = PerSampleGradNorms(model)
+        with norms.sequences(batch_size=B):
+            loss_of(model, inputs().to(dtype)).backward()
+        assert torch.allclose(norms.squared(), truth(model, inputs().to(dtype)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [0.0, torch.nan])
+def test_a_batch_without_gradient_does_not_stand_for_the_check(factor):
+    model = Small()
+    norms = PerSampleGradNorms(model)
+    with norms.sequences(batch_size=B):
+        (factor * loss_of(model, inputs())).backward()
+    with pytest.raises(RuntimeError, match=r"'block\.weight'.*used elsewhere"), norms.sequences(batch_size=B):
+        weight_decay(model, inputs()).backward()
+
+
+def test_norms_alone_do_not_get_through_reentrant_checkpoints():
+    model = Small(use_reentrant=True)
+    norms = PerSampleGradNorms(model)
+    with pytest.raises(RuntimeError, match="use_reentrant=False, or measure"), norms.sequences(batch_size=B):
+        norms.backward(loss_of(model, inputs()))
+
+
+def test_layers_that_return_several_tensors_are_not_left_out():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    model = Small()
+    model.block = Pair(6, 6).double()
+    model.middle = lambda x: model.block(x)[0]
+    norms = PerSampleGradNorms(model, rules={Pair: by_autograd})
+    with pytest.raises(RuntimeError, match=r"'block\.\w+' is used 1 times.*0 times"), norms.sequences(batch_size=B):
+        norms.backward(loss_of(model, inputs()))
+
+
 def test_residuals_that_are_added_in_place_under_autocast():
     model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6))
 
@@ -635,6 +685,8 @@ def test_forward_without_backward():
         norms.squared()
     with pytest.raises(RuntimeError, match="within"):
         norms.backward(loss_of(model, inputs()))
+    with pytest.raises(ValueError, match="graph behind it"), norms.sequences(batch_size=B):
+        norms.backward(loss_of(model, inputs()).detach())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -659,6 +711,14 @@ def test_models_that_cannot_be_measured():
         PerSampleGradNorms(Small().requires_grad_(False))
     with pytest.raises(ValueError, match="method"):
         PerSampleGradNorms(Small(), "ghost")
+    with pytest.raises(TypeError, match="parameters"):
+        PerSampleGradNorms(Small(), parameters=["norm"])
+    with pytest.raises(TypeError, match="rules"):
+        PerSampleGradNorms(Small(), rules={"Linear": by_autograd})
+    with pytest.raises(ValueError, match=r"parameters: none is wanted of 'block|parameters: none is wanted of block"):
+        PerSampleGradNorms(Small(), parameters=lambda name: "nomr" in name)
+    with pytest.raises(ValueError, match="check"):
+        PerSampleGradNorms(Small(), check=True)
     with pytest.raises(ValueError, match="relative_error"):
         PerSampleGradNorms(Small(), "sketch", relative_error=0.0)
 

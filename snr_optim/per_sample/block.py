@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -20,8 +20,11 @@ from snr_optim.per_sample.totals import Totals
 class Block:
     """From the first gradient of a backward pass to the last."""
 
-    def __init__(self, layout: Layout, totals: Totals, survey: Survey, check: GradientCheck | None) -> None:
+    def __init__(
+        self, layout: Layout, totals: Totals, survey: Survey, check: GradientCheck | None, opaque: Collection[str]
+    ) -> None:
         self.layout, self.totals, self.survey, self.check = layout, totals, survey, check
+        self._opaque = opaque  # parameters that their layer may use as often as it likes
         self.norms_alone = False  # no parameter gets a gradient
         self.reported: Counter[str] = Counter()  # uses of parameters, by their names
         self.lowest = torch.float64  # precision among the gradients
@@ -82,7 +85,7 @@ class Block:
         if self._backward is None:
             raise RuntimeError("sequences: no backward pass through the model within the block")
         for name, uses in self.survey.uses.items():
-            if uses != self.reported[name]:
+            if not self.reported[name] or (uses != self.reported[name] and name not in self._opaque):
                 raise RuntimeError(
                     f"{name!r} is used {uses} times in the graph, and {self.reported[name]} times by the layers that "
                     "own it: also elsewhere, by a functional call or a fused loss, where no hook sees it"

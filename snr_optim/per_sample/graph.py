@@ -25,7 +25,7 @@ class Survey:
     A use is an edge into what depends on one parameter alone: itself, its transpose, its cast to another precision.
 
     Args:
-        name_of: of a parameter that counts; None for other leaves.
+        name_of: the name of a parameter that counts; None for other leaves.
     """
 
     def __init__(self, name_of: Callable[[Tensor], str | None]) -> None:
@@ -78,8 +78,19 @@ def run_without_weight_gradients(loss: Tensor, survey: Survey, retain_graph: boo
     Raises:
         ValueError: ``loss`` is no scalar with a graph behind it.
     """
-    if loss.numel() != 1 or loss.grad_fn is None:
-        raise ValueError(f"log_prob_sum: expected a scalar with a graph, got shape {list(loss.shape)}")
+    if loss.numel() != 1:
+        raise ValueError(f"log_prob_sum: expected a scalar, got shape {list(loss.shape)}")
+    if loss.grad_fn is None:
+        raise ValueError("log_prob_sum: expected a tensor with a graph behind it, got one without")
     edges = list(survey.visit(loss.grad_fn))
-    if edges:
+    if not edges:
+        return
+    try:
         torch.autograd.grad(loss, edges, retain_graph=retain_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise RuntimeError(
+            "backward: norms alone do not get through reentrant checkpoints; use_reentrant=False, or measure the "
+            "training backward pass"
+        ) from error

@@ -52,10 +52,12 @@ def layers_of(model: nn.Module, wanted: Callable[[str], bool], rules: Mapping[ty
     if missing:
         raise ValueError(
             f"model: no rule for {some(missing)}. Freeze them, leave them out on purpose by parameters=, "
-            "or give a rule by rules={the layer's class: by_autograd}"
+            "or give a rule: rules={the layer's class: by_autograd} for layers that map one tensor to another"
         )
-    if not layers:
+    if not names:
         raise ValueError("model: expected at least one parameter with requires_grad")
+    if not layers:
+        raise ValueError(f"parameters: none is wanted of {some(sorted(set(names.values())))} (tied ones have one name)")
     return layers
 
 

@@ -69,13 +69,14 @@ class PerSampleGradNorms:
         parameters: which to count, by their names; all by default. ``lambda name: "norm" in name`` counts norms alone.
         rules: for other layers, by class: ``by_autograd`` works for any layer with few parameters.
         relative_error: wanted standard error of a sketch, relative to the norm; each block is sketched as finely
-            as the errors of the one before suggest. ``sketch_size`` is the number of columns; set it to start
-            elsewhere.
+            as the errors of the one before suggest, with 4 columns or more, and exact where that is cheaper (sequences
+            of twice as many tokens as columns). ``sketch_size`` is the number of columns; set it to start elsewhere.
         seed: of the sketches. Ranks with the same seed draw the same signs.
         check: when to compare, in a block with a training backward pass, every parameter's gradient with what the
-            layers account for: ``"first"`` block only, as it takes about as long as the weight gradients,
-            ``"always"`` or ``"never"``. That no parameter is used where no hook sees it is looked up in the graph
-            each time.
+            layers account for: the ``"first"`` time that it has one, as this takes about as long as the weight
+            gradients, ``"always"`` or ``"never"``. Besides, the uses of every parameter are counted in the graph each
+            time: in all of it by :meth:`backward`; in a training backward pass, which does not tell where it began, in
+            what is below the layers. A functional use beside or above them is found by the comparison alone.
 
     Raises:
         ValueError: a trainable parameter without a rule, none at all, several devices, compiled modules, options
@@ -112,6 +113,10 @@ class PerSampleGradNorms:
             raise ValueError(f"relative_error: expected a number between 0 and 1, got {relative_error!r}")
         if check not in ("first", "always", "never"):
             raise ValueError(f"check: expected 'first', 'always' or 'never', got {check!r}")
+        if parameters is not None and not callable(parameters):
+            raise TypeError(f"parameters: expected a function of a name, got {type(parameters).__name__}")
+        if rules is not None and not (isinstance(rules, Mapping) and all(isinstance(cls, type) for cls in rules)):
+            raise TypeError(f"rules: expected rules by the layers' classes, got {rules!r}")
         self.method, self.relative_error, self.seed = method, relative_error, seed
         self.sketch_size = FIRST_SKETCH
         self._model = model
@@ -122,7 +127,7 @@ class PerSampleGradNorms:
         self._covered = {name for layer in self._layers for name in layer.names.values()}
         self._opaque = {name for layer in self._layers if not counts_uses(layer.rule) for name in layer.names.values()}
         self._device = device_of(model, self._covered)
-        self._check_when, self._checked = check, False
+        self._check_when, self._confirmed = check, set[str]()
         self._block: Block | None = None
         self._blocks = 0
         self._result: tuple[Tensor, Tensor | None] | None = None
@@ -188,8 +193,10 @@ class PerSampleGradNorms:
             if not isinstance(self.sketch_size, int) or self.sketch_size < 2:
                 raise ValueError(f"sketch_size: expected an integer of at least 2 columns, got {self.sketch_size!r}")
             totals = SketchTotals(len(layout), self._device, self.sketch_size, (self.seed, self._blocks))
-        checked = self._check_when == "always" or (self._check_when == "first" and not self._checked)
-        self._block = Block(layout, totals, Survey(self._name_of), GradientCheck() if checked else None)
+        check = None
+        if self._check_when != "never":
+            check = GradientCheck(self._confirmed if self._check_when == "first" else set())
+        self._block = Block(layout, totals, Survey(self._names.get), check, self._opaque)
         try:
             yield
             block = self._block
@@ -199,7 +206,6 @@ class PerSampleGradNorms:
         finally:
             self._block = None
         self._blocks += 1
-        self._checked |= block.check is not None and block.check.compared
         squared, variances = self._result
         if variances is not None:
             self.sketch_size = next_size(self.sketch_size, squared, variances, self.relative_error)
@@ -253,7 +259,8 @@ class PerSampleGradNorms:
 
     def _finished(self, asked: str) -> tuple[Tensor, Tensor | None]:
         if self._result is None:
-            raise RuntimeError(f"{asked}: no block of `with norms.sequences(...)` has been completed")
+            hint = "; leave the block first" if self._block is not None else ""
+            raise RuntimeError(f"{asked}: no block of `with norms.sequences(...)` has been completed{hint}")
         return self._result
 
     def _expect_known_parameters(self) -> None:
@@ -265,11 +272,6 @@ class PerSampleGradNorms:
             )
 
     # -- what the hooks call ------------------------------------------------------------------------
-
-    def _name_of(self, parameter: Tensor) -> str | None:
-        """Of a parameter whose uses are counted."""
-        name: str | None = self._names.get(parameter)  # type: ignore[no-untyped-call]
-        return None if name in self._opaque else name
 
     def _on_gradient(self, layer: Layer, record: CallRecord, observed: Observation, gradient: Tensor) -> None:
         """The gradient of a layer's output has come."""

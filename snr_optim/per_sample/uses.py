@@ -6,6 +6,7 @@ module that is called twice), and, to check the others, the gradient itself.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -33,6 +34,9 @@ class Use(Protocol):
 
     def gradient(self) -> Tensor:
         """The sum over all units, of the shape of the parameter."""
+
+    def largest(self) -> Tensor:
+        """What the norm of that would be if nothing cancelled, or more: the scale of its rounding."""
 
 
 class Source:
@@ -111,6 +115,9 @@ class MatrixUse:
         gradient = self.left.to(exact).T @ right
         return gradient.T if self.transposed else gradient
 
+    def largest(self) -> Tensor:
+        return _size(self.right) * (math.sqrt(len(self.left)) if self.one_hot else _size(self.left))
+
     def sketch(self, signs: Tensor) -> Tensor:
         """``sum_t (left_t R)^T right_t`` per unit for ``R = signs``, ``[d_out, k]``: ``[S, k, d_in]``."""
         exact = exact_dtype(self.right)
@@ -162,6 +169,14 @@ class NarrowUse:
     def gradient(self) -> Tensor:
         raise NotImplementedError("checked before it was narrowed")
 
+    def largest(self) -> Tensor:
+        raise NotImplementedError("checked before it was narrowed")
+
+
+def _size(x: Tensor) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(x, dtype=exact_dtype(x))
+    return size
+
 
 def _products(left: Tensor, other: Tensor, exact: torch.dtype) -> Tensor:
     """Inner products of rows, of which either side may be ids that stand for one-hot rows: ``[n, m]``."""
@@ -191,6 +206,10 @@ class VectorUse:
     def gradient(self) -> Tensor:
         return self.sums().sum(0)
 
+    def largest(self) -> Tensor:
+        sums = self.sums()
+        return _size(sums) * math.sqrt(len(sums))
+
 
 @dataclass
 class BiasUse(VectorUse):
@@ -201,6 +220,9 @@ class BiasUse(VectorUse):
 
     def sums(self) -> Tensor:
         return segment_sums(self.grad_outputs.to(exact_dtype(self.grad_outputs)), self.segments)
+
+    def largest(self) -> Tensor:
+        return _size(self.grad_outputs) * math.sqrt(len(self.grad_outputs))
 
 
 @dataclass
@@ -219,6 +241,9 @@ class ScaleUse(VectorUse):
     def sums(self) -> Tensor:
         g = self.grad_outputs.to(exact_dtype(self.grad_outputs))
         return segment_sums(g * norms_torch.normalised(self.inputs, self.eps, self.center), self.segments)
+
+    def largest(self) -> Tensor:
+        return _size(self.grad_outputs) * math.sqrt(self.grad_outputs.numel())  # x^ is of norm sqrt(d)
 
 
 @dataclass
