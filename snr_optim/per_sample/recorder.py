@@ -16,9 +16,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from snr_optim.kernels._launch import exactly
 from snr_optim.per_sample.block import Block
-from snr_optim.per_sample.capture import CallRecord, Casts, ForwardHook, Observation
+from snr_optim.per_sample.capture import Casts, Observation
 from snr_optim.per_sample.check import GradientCheck
 from snr_optim.per_sample.graph import Survey, run_without_weight_gradients
+from snr_optim.per_sample.hooks import CallRecord, ForwardHook
 from snr_optim.per_sample.layers import Layer, device_of, layers_of, refuse_compiled, refuse_tensor_parallel, some
 from snr_optim.per_sample.layout import Layout
 from snr_optim.per_sample.rules import Call, Embedding, Rule, counts_uses
