@@ -71,6 +71,14 @@ def exactly(device: torch.device) -> Iterator[None]:
         yield
 
 
+def exact_dtype(*tensors: Tensor) -> torch.dtype:
+    """That of sums: float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
 def expect_integers(name: str, x: Tensor) -> None:
     """Raise a TypeError unless ``x`` holds integers."""
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:

@@ -96,11 +96,8 @@ class Segments:
 
     def ids(self) -> Tensor:
         """The sequence of every row, ``[rows]``."""
-        device = self.cu_seqlens.device
-        if self.length:
-            return torch.arange(len(self), device=device).repeat_interleave(self.length, output_size=self.rows)
-        lengths = self.cu_seqlens.diff()
-        return torch.arange(len(self), device=device).repeat_interleave(lengths, output_size=self.rows)
+        numbers = torch.arange(len(self), device=self.cu_seqlens.device)
+        return numbers.repeat_interleave(self.cu_seqlens.diff(), output_size=self.rows)
 
 
 class Stack(NamedTuple):

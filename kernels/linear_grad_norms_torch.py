@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from snr_optim.kernels._launch import exact_dtype
 from snr_optim.kernels._segments import Segments
 
 BLOCK = 64  # rows of a Gram matrix at a time
@@ -46,14 +47,6 @@ def longest_by_gram(d_in: int, d_out: int, tile: int, method: str) -> int:
     if method == "auto":
         return max(0, 2 * d_in * d_out // max(1, d_in + d_out) - tile)
     return 2**31 - 1 if method == "gram" else 0
-
-
-def exact_dtype(*tensors: Tensor) -> torch.dtype:
-    """That of sums: float32 at least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def block_rows(length: int) -> int:

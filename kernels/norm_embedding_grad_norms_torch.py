@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from snr_optim.kernels._launch import exact_dtype
 from snr_optim.kernels._segments import Segments, segment_sums
 
 
 def norm(inputs: Tensor, grad_outputs: Tensor, segments: Segments, eps: float, center: bool, bias: bool) -> Tensor:
     """As `norm_grad_norms`, of checked arguments."""
-    exact = torch.promote_types(grad_outputs.dtype, torch.float32)
+    exact = exact_dtype(grad_outputs)
     g = grad_outputs.to(exact)
     if inputs.dtype == exact == torch.float32 and not center and segments.length:
         sums = _scaled_sums(g * inputs, inputs, segments, eps)  # fewer passes over memory
@@ -30,7 +31,7 @@ def _scaled_sums(products: Tensor, inputs: Tensor, segments: Segments, eps: floa
 
 def normalised(inputs: Tensor, eps: float, center: bool) -> Tensor:
     """``x^``, in float32 at least."""
-    x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    x = inputs.to(exact_dtype(inputs))
     if center:
         x = x - x.mean(-1, keepdim=True)
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
@@ -38,7 +39,7 @@ def normalised(inputs: Tensor, eps: float, center: bool) -> Tensor:
 
 def embedding(ids: Tensor, grad_outputs: Tensor, segments: Segments, padding_idx: int | None) -> Tensor:
     """As `embedding_grad_norms`, of checked arguments."""
-    exact = torch.promote_types(grad_outputs.dtype, torch.float32)
+    exact = exact_dtype(grad_outputs)
     order, number = sort_by_sequence_and_id(ids, segments)
     g = grad_outputs.to(exact)
     if padding_idx is not None:

@@ -56,7 +56,7 @@ class Observation:
     Args:
         waiting: the calls of the layer whose gradient has not come yet.
         inputs: what the layer was given; None where its rule does not want it.
-        on_gradient: called with the input and the gradient of the output.
+        on_gradient: called with this observation and the gradient of the output.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from torch import nn
 
 from snr_optim.per_sample.capture import Observation
 from snr_optim.per_sample.rules import Rule, counts_uses, rule_of
+from snr_optim.sources.data_parallel import is_fully_shard
 
 
 @dataclass(eq=False)
@@ -67,7 +68,7 @@ def _input_name(module: nn.Module) -> str:
 
 def refuse_tensor_parallel(model: nn.Module) -> None:
     """Raise a ValueError that names the first parameter that is sharded, but not by ``fully_shard``."""
-    sharded = any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
+    sharded = any(map(is_fully_shard, model.modules()))
     for name, parameter in model.named_parameters():
         shards = sum(placement.is_shard() for placement in getattr(parameter, "placements", ()))
         if hasattr(parameter, "placements") and (not sharded or shards > 1):

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from snr_optim.kernels._launch import exact_dtype
 from snr_optim.per_sample.layout import Layout
 from snr_optim.per_sample.probe import kind_of_norm, scale_of_embedding, without_hooks
 from snr_optim.per_sample.uses import BiasUse, MatrixUse, PerUnitUse, ScaleUse, Source, Use
@@ -98,7 +99,7 @@ class Norm:
         if "weight" in call.trained:
             inputs, _ = call.layout.cut(call.inputs)
             inputs = inputs.to(torch.float32) if self.in_float32 else inputs
-            eps = torch.finfo(torch.promote_types(inputs.dtype, torch.float32)).eps if self.eps is None else self.eps
+            eps = torch.finfo(exact_dtype(inputs)).eps if self.eps is None else self.eps
             uses["weight"] = ScaleUse(inputs, gradient, segments, eps, self.center)
         if "bias" in call.trained:
             uses["bias"] = BiasUse(gradient, segments)

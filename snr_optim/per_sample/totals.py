@@ -9,6 +9,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from snr_optim.kernels._launch import exact_dtype
 from snr_optim.kernels._segments import Segments
 from snr_optim.kernels.linear_grad_norms import linear_grad_norms
 from snr_optim.per_sample.rules import Uses
@@ -115,7 +116,7 @@ class SketchTotals:
         return use.sketch(signs)
 
     def _estimate(self, sketch: Tensor) -> None:
-        columns = sketch.to(torch.promote_types(sketch.dtype, torch.float32)).square().sum(-1)  # [S, k]
+        columns = sketch.square().sum(-1)  # [S, k]
         self._parts.append(columns.mean(1))
         exact = columns if columns.device.type == "mps" else columns.double()  # fourth powers of a scaled loss
         self._variances.append(exact.var(1) / self._size)
@@ -146,5 +147,5 @@ FEWEST, MOST = 4, 1024
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:
     parts = list(parts)
-    exact = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    exact = exact_dtype(*parts)
     return torch.stack([part.to(exact) for part in parts]).sum(0)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from snr_optim.kernels import norm_embedding_grad_norms_torch as norms_torch
+from snr_optim.kernels._launch import exact_dtype
 from snr_optim.kernels._segments import Segments, segment_sums
 from snr_optim.kernels.linear_grad_norms import linear_grad_norms
-from snr_optim.kernels.linear_grad_norms_torch import exact_dtype
 from snr_optim.kernels.norm_embedding_grad_norms import embedding_grad_norms, norm_grad_norms
 
 COLUMNS = 1 << 25  # numbers in a block of a product of tokens with tokens

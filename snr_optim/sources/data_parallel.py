@@ -145,7 +145,7 @@ class FullyShardSource(DataParallelSource):
         for p in self.parameters:
             _refuse_other_shards(p)
         index_of = {id(p): index for index, p in enumerate(self.parameters)}
-        self._sharded = [m for m in self.model.modules() if _is_fully_shard(m)]
+        self._sharded = [m for m in self.model.modules() if is_fully_shard(m)]
         self._whole: dict[int, int] = {}  # parameter -> id of the whole one that its hook is on
         for owner in self.model.modules():
             own = {name: index_of[id(p)] for name, p in owner.named_parameters(recurse=False) if id(p) in index_of}
@@ -201,7 +201,7 @@ def source_of(
     kinds = {cls.__name__ for module in modules for cls in type(module).__mro__}
     if "FullyShardedDataParallel" in kinds:
         raise RuntimeError("model: FullyShardedDataParallel (FSDP1) flattens its parameters; use fully_shard (FSDP2)")
-    if any(_is_fully_shard(module) for module in modules):
+    if any(is_fully_shard(module) for module in modules):
         return FullyShardSource(model, param_groups, norm=norm)
     if any(isinstance(module, DistributedDataParallel) for module in modules):
         return DistributedDataParallelSource(model, param_groups, norm=norm)
@@ -218,7 +218,8 @@ def runs_several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _is_fully_shard(module: nn.Module) -> bool:
+def is_fully_shard(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to this module itself."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
