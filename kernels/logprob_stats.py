@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from snr_optim.kernels import logprob_stats_torch
-from snr_optim.kernels._launch import Cost, Impl, as_rows, expect_integers, runs_triton
+from snr_optim.kernels._launch import Cost, Impl, as_rows, exact_dtype, expect_integers, expect_names, runs_triton
 
 
 class LogprobStats(NamedTuple):
@@ -100,32 +100,27 @@ def logprob_stats(
         )
     if labels.device != logits.device:
         raise ValueError(f"labels: expected the device of logits, {logits.device}, got {labels.device}")
-    if isinstance(outputs, str):
-        raise ValueError(f"outputs: expected a list of names, got the string {outputs!r}")
-    outputs = frozenset(outputs)
-    if unknown := outputs - set(LogprobStats._fields):
-        raise ValueError(f"outputs: expected some of {list(LogprobStats._fields)}, got {sorted(unknown)}")
+    outputs = expect_names("outputs", outputs, LogprobStats._fields)
     squares = "sum_p_squared" in outputs or "grad_norm_squared" in outputs
-    divisor = _divisor(temperature, logits)
+    divisor = temperature_tensor(temperature, labels, exact_dtype(logits))
     op: Callable[..., Any] = _forward if torch.compiler.is_compiling() else _Statistics.apply
     found = op(logits, labels.long(), divisor, ignore_index, "entropy" in outputs, squares, impl)
     values = [found[i] if name in outputs else None for i, name in enumerate(LogprobStats._fields)]
     return LogprobStats(*cast("list[Tensor]", values))
 
 
-def _divisor(temperature: float | Tensor, logits: Tensor) -> Tensor:
-    """The temperature as ``[]`` or ``[...]``, in the dtype of the arithmetic, on the device of the logits."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+def temperature_tensor(temperature: float | Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """The temperature as ``[]`` or ``[...]``, in the dtype of the arithmetic, on the device of the labels."""
     if not isinstance(temperature, Tensor):
         limits = torch.finfo(dtype)
         if not limits.tiny <= temperature <= limits.max:
             raise ValueError(f"temperature: expected a positive finite number of {dtype}, got {temperature!r}")
-        return torch.full((), temperature, dtype=dtype, device=logits.device)
-    if temperature.dim() and temperature.shape != logits.shape[:-1]:
-        expected = f"a number or the shape of labels, {list(logits.shape[:-1])}"
+        return torch.full((), temperature, dtype=dtype, device=labels.device)
+    if temperature.dim() and temperature.shape != labels.shape:
+        expected = f"a number or the shape of labels, {list(labels.shape)}"
         raise ValueError(f"temperature: expected {expected}, got {list(temperature.shape)}")
-    if temperature.device != logits.device:
-        raise ValueError(f"temperature: expected the device of logits, {logits.device}, got {temperature.device}")
+    if temperature.device != labels.device:
+        raise ValueError(f"temperature: expected the device of labels, {labels.device}, got {temperature.device}")
     if temperature.requires_grad:
         raise ValueError("temperature: expected a tensor without gradient; detach() it")
     return temperature.to(dtype)

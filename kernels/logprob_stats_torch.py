@@ -14,6 +14,7 @@ from torch import Tensor
 
 CHUNK = 1 << 20  # logits at a time: two float32 buffers of 4 MB
 FAR_BELOW = -1e4  # exp of it is 0; stands in for z = -inf where p * z must be 0 and not NaN
+LOG_UNIT = 1.0  # of log_total, in nats
 
 
 def forward(
@@ -66,8 +67,12 @@ def backward(
     ignore_index: int,
     results: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
+    out: Tensor | None = None,
 ) -> Tensor:
     r"""Gradient with respect to the logits, contiguous, from the results of `forward` and gradients of the first four.
+
+    Written to ``out`` if there is one, which may be the logits. Results that hold for a vocabulary of which the logits
+    are a slice give the gradient of the slice, where labels that are not in it are out of its range.
 
     .. math::
         T\, dx_j = g_{lp} (\delta_{jy} - p_j) - g_H p_j (\log p_j + H) + 2 g_2 p_j (p_j - s_2)
@@ -79,7 +84,7 @@ def backward(
     vocab, entropy = logits.shape[-1], gradients[1] is not None
     squares = gradients[2] is not None or gradients[3] is not None
     nothing = torch.zeros_like(results[0])
-    result = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    result = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     buffers = torch.empty(2, chunk_rows(logits), vocab, dtype=temperature.dtype, device=logits.device)
     for where, some in row_chunks(logits):
         row = Rows.of(labels, temperature, where, vocab, ignore_index)
@@ -100,7 +105,8 @@ def backward(
             d.addcmul_(p, 2 * (g_s2 + g_w))
         d.add_(bias).mul_(p)
         at_label = -2 * (g_s2 * excess + g_w * w) - g_entropy * (log_p_y.clamp_min(FAR_BELOW) + h)
-        target.copy_(d.scatter_(-1, row.label, p_y * at_label + q * g_log_prob))
+        of_label = torch.where(row.valid, p_y * at_label + q * g_log_prob, d.gather(-1, row.label))
+        target.copy_(d.scatter_(-1, row.label, of_label))
         if row.mixed():
             target.masked_fill_(row.ignored, 0.0)
     return result

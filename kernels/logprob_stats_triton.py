@@ -9,6 +9,7 @@ are taken relative to the largest seen before they are scaled, so neither their 
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,6 +24,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the reference of an empty sum: finite, so that -inf minus it is -inf
 FAR_BELOW = tl.constexpr(-1e4)  # exp2 of it is 0; stands in for z = -inf where p * z must be 0 and not NaN
 
+LOG_UNIT = math.log(2)  # of log2_total, in nats
 MERGE_ROWS = 4
 MAX_SPLITS = 64
 GRAD_BLOCK = 4096
@@ -382,10 +384,11 @@ def backward(
     ignore_index: int,
     results: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As `logprob_stats_torch.backward`."""
+    """As `logprob_stats_torch.backward`; in place too, as each program reads its logits before it writes there."""
     outer, inner, vocab = logits.shape
-    gradient = torch.empty(outer, inner, vocab, device=logits.device, dtype=logits.dtype)
+    gradient = torch.empty(logits.shape, device=logits.device, dtype=logits.dtype) if out is None else out
     if gradient.numel() == 0:
         return gradient
     zero = torch.zeros(1, device=logits.device, dtype=torch.float32).expand(outer * inner)

@@ -19,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from snr_optim import GradientMoments, GradWeightedBaseline, PerSampleGradNorms, SNRAdaptiveLR
+from snr_optim.kernels.head_grad_norms import head_grad_norms
+from snr_optim.kernels.linear_logprob_stats import linear_logprob_stats
 
 MICRO_BATCHES = 3
 REL = 1e-6  # what is asked for; float64 gives 1e-14
@@ -384,6 +386,44 @@ def per_sample(model):
         assert norms.squared() == pytest.approx(torch.stack(true), rel=REL)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def vocabulary_parallel():
+    """Slices of the vocabulary on the ranks, equal or not, give the statistics, gradients and norms of the whole."""
+    rank, world, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(1200, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    bias = torch.randn(1200, dtype=torch.float64, generator=generator, requires_grad=True)
+    factors = torch.randn(4, 9, dtype=torch.float64, generator=generator)
+    labels = torch.randint(1200, (9,), generator=generator)
+    labels[1], labels[2] = -100, 1199
+    cu_seqlens = torch.tensor([0, 4, 4, 9])
+    true = linear_logprob_stats(hidden, weight, labels, 0.7, bias, softcap=9.0)
+    expected = torch.autograd.grad(
+        sum((f * x).sum() for f, x in zip(factors, true, strict=True)), (hidden, weight, bias)
+    )
+    norms = head_grad_norms(hidden, weight, labels, cu_seqlens, 0.7, bias, softcap=9.0)
+    for cut in (None, 1, 1030):
+        edges = [1200 * r // world for r in range(world + 1)] if cut is None else [0, cut, 1200]
+        mine = slice(edges[rank], edges[rank + 1])
+        for slab_bytes in (1, 9 * 8 * 2 * 64, 1 << 20):
+            leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight[mine], bias[mine])]
+            part = {"process_group": group, "first_label": None if cut is None else mine.start, "softcap": 9.0}
+            got = linear_logprob_stats(*leaves[:2], labels, 0.7, leaves[2], slab_bytes=slab_bytes, **part)
+            for a, b in zip(got, true, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+            found = torch.autograd.grad(sum((f * x).sum() for f, x in zip(factors, got, strict=True)), leaves)
+            for a, b in zip(found, (expected[0], expected[1][mine], expected[2][mine]), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+        of_part = head_grad_norms(*leaves[:2], labels, cu_seqlens, 0.7, leaves[2], **part)
+        for a, b in zip(of_part, norms, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+    # Slices that overlap, and a gap: not one vocabulary, and no answer
+    shard = weight[600 * rank : 600 * rank + 600]
+    for first_label in (0, 700 * rank):
+        got = linear_logprob_stats(hidden, shard, labels, process_group=group, first_label=first_label)
+        assert got.log_prob[labels != -100].isnan().all()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,190 @@
+"""One op: squared gradient norms of the log-probs of sequences at the head of a language model, without the logits.
+
+With respect to the head's own weights and to the hidden states that come into it: what a fused head hides from hooks
+(`PerSampleGradNorms`), and stand-ins for the norm over all parameters that need no backward pass through the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import pairwise
+from typing import NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from snr_optim.kernels._head import Head, prepare
+from snr_optim.kernels._head_passes import logit_gradients, statistics
+from snr_optim.kernels._launch import Impl, exactly, expect_names
+from snr_optim.kernels._products import add_product
+from snr_optim.kernels._segments import Segments, segment_sums
+from snr_optim.kernels.linear_grad_norms import Method, linear_grad_norms
+from snr_optim.kernels.linear_logprob_stats import linear_logprob_stats_reference
+
+
+class HeadGradNorms(NamedTuple):
+    """Squared norms of gradients of ``log pi = sum_t log p_t``, ``[S]`` each.
+
+    Attributes:
+        head: with respect to weight and bias, ``||sum_t g_t h_t^T||_F^2`` (and ``||sum_t g_t||^2``), where ``g_t`` is
+            the gradient with respect to ``W h_t + b``.
+        head_per_token: the same for each token alone, summed: ``sum_t ||g_t||^2 ||h_t||^2`` (``+ 1`` with a bias),
+            which is ``sum_t w_t ||h_t||^2`` of `LogprobStats.grad_norm_squared` at temperature 1.
+        hidden: with respect to the hidden states, ``sum_t ||W^T g_t||^2``.
+    """
+
+    head: Tensor
+    head_per_token: Tensor
+    hidden: Tensor
+
+
+def head_grad_norms(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | Segments,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    outputs: Collection[str] = HeadGradNorms._fields,
+    method: Method = "auto",
+    slab_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    first_label: int | None = None,
+    impl: Impl = "auto",
+) -> HeadGradNorms:
+    r"""Squared gradient norms of each sequence's log-prob at the head, exact, without logits or gradients in memory.
+
+    .. math::
+        \Big\|\sum_t g_t h_t^\top\Big\|_F^2, \qquad \sum_t \|g_t\|^2 \|h_t\|^2, \qquad \sum_t \|W^\top g_t\|^2,
+        \qquad g_t = \frac{s}{T}\,(e_{y_t} - p_t)
+
+    (with a softcap, ``g_t`` times its derivative). One pass over the slabs of logits finds ``p_t``, a second
+    one ``g_t``: two products, one more for ``hidden``, and `linear_grad_norms` of each slab for ``head``. For a loss
+    ``sum_s c_s log pi_s`` multiply by ``c_s^2``. For a tied head, ``head`` is the norm of the head's part alone.
+
+    Args:
+        hidden: ``[N, d]``, the tokens of all sequences one after another.
+        weight: as for `linear_logprob_stats`, like all that is not named here.
+        labels: ``[N]``.
+        cu_seqlens: ``[S + 1]`` integers, ``0`` and the end of each sequence; sequences may be empty.
+        temperature: positive divisor of the logits, a number, ``[]`` or ``[N]``.
+        bias: ``[V]``.
+        softcap: of the scaled logits.
+        scale: of the logits.
+        ignore_index: label of the tokens to leave out.
+        outputs: names of the norms to compute; the others are ``None``.
+        method: of `linear_grad_norms`.
+        slab_bytes: the most that logits, and copies of them, may take at any time; ``head`` wants all tokens in a slab.
+        logits_dtype: of the slab.
+        process_group: of the ranks that have the other rows of the vocabulary; all get the norms of all of it.
+        first_label: the label of the first row of ``weight``.
+        impl: ``"torch"`` or ``"triton"`` to insist on one.
+
+    Returns:
+        float32 (float64 for float64 inputs), without gradient. A token without an answer makes its sequence NaN.
+
+    Raises:
+        TypeError: as `linear_logprob_stats`.
+        ValueError: likewise; ``cu_seqlens`` that do not add up to ``N``, or ``slab_bytes`` too small for 64 columns of
+            all tokens.
+
+    Example:
+        >>> hidden, weight = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 2)
+        >>> norms = head_grad_norms(hidden, weight, torch.tensor([0, 1, 1]), torch.tensor([0, 2, 3]))
+        >>> norms.head  # the first sequence says 0 and then 1, in the same state: what one teaches, the other undoes
+        tensor([0., 2.])
+        >>> norms.head_per_token.round(decimals=4)
+        tensor([1., 2.])
+    """
+    asked = expect_names("outputs", outputs, HeadGradNorms._fields)
+    segments = Segments.of(cu_seqlens).on(hidden.device)
+    if hidden.dim() != 2 or len(hidden) != segments.rows:
+        raise ValueError(
+            f"hidden: expected [N, d] with N = {segments.rows}, the end of cu_seqlens, got {list(hidden.shape)}"
+        )
+    divisor, options = prepare(
+        hidden, weight, labels, temperature, bias, softcap=softcap, scale=scale, ignore_index=ignore_index,
+        slab_bytes=slab_bytes, logits_dtype=logits_dtype, process_group=process_group, first_label=first_label,
+        impl=impl,
+    )  # fmt: skip
+    with exactly(hidden.device):
+        head = Head.of(hidden, weight, bias, labels, divisor, options)
+        tiles = head.tiles(whole_rows="head" in asked)
+        results, kept = statistics(head, tiles, entropy=False, squares=False)
+        of_log_prob = torch.ones_like(results[0])
+        rows = head.hidden.to(options.product_dtype)
+        of_weight = results[0].new_zeros(len(segments))
+        of_token = torch.zeros_like(results[0])
+        of_hidden = torch.zeros_like(head.hidden, dtype=head.exact)
+        for tile, g in logit_gradients(head, tiles, results, [of_log_prob, None, None, None], kept):
+            if "head" in asked:
+                of_weight += linear_grad_norms(rows, g, segments, method, bias=bias is not None, impl=impl)
+            if "head_per_token" in asked:
+                of_token[tile.rows] += torch.linalg.vector_norm(g, dim=-1, dtype=head.exact).square()
+            if "hidden" in asked:
+                add_product(of_hidden[tile.rows], g, head.weight_of(tile))
+        for name, partial in (("head", of_weight), ("head_per_token", of_token), ("hidden", of_hidden)):
+            if options.group is not None and name in asked:
+                dist.all_reduce(partial, group=options.group)
+        sizes = torch.linalg.vector_norm(head.hidden, dim=-1, dtype=head.exact).square() + (bias is not None)
+        norms = {
+            "head": of_weight,
+            "head_per_token": segment_sums(of_token * sizes, segments),
+            "hidden": segment_sums(of_hidden.square().sum(-1), segments),
+        }
+    return HeadGradNorms(*cast("list[Tensor]", [norms[name] if name in asked else None for name in norms]))
+
+
+def head_grad_norms_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> HeadGradNorms:
+    """The same by autograd, one log-prob after another, in float64.
+
+    Args:
+        hidden: ``[N, d]``.
+        weight: ``[V, d]``.
+        labels: ``[N]`` integers in ``[0, V)``.
+        cu_seqlens: ``[S + 1]``.
+        temperature: a number, or a tensor that broadcasts to ``[N]``.
+        bias: ``[V]``.
+        softcap: of the scaled logits.
+        scale: of the logits.
+
+    Returns:
+        float64, ``[S]`` each.
+
+    Example:
+        >>> hidden, labels, cu_seqlens = torch.ones(1, 2), torch.tensor([0]), torch.tensor([0, 1])
+        >>> head_grad_norms_reference(hidden, torch.zeros(2, 2), labels, cu_seqlens).head
+        tensor([1.], dtype=torch.float64)
+    """
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight, *([] if bias is None else [bias]))]
+    log_prob = linear_logprob_stats_reference(
+        leaves[0], leaves[1], labels, temperature, None if bias is None else leaves[2], softcap=softcap, scale=scale
+    ).log_prob
+
+    def squared_norms(loss: Tensor) -> tuple[Tensor, Tensor]:
+        of_hidden, *of_head = torch.autograd.grad(loss, leaves, retain_graph=True)
+        return torch.stack([g.square().sum() for g in of_head]).sum(), of_hidden.square().sum()
+
+    bounds = cu_seqlens.tolist()
+    whole = [squared_norms(log_prob[start:end].sum()) for start, end in pairwise(bounds)]
+    single = [squared_norms(each)[0] for each in log_prob]
+    per_token = [sum(single[start:end], log_prob.new_zeros(())) for start, end in pairwise(bounds)]
+    return HeadGradNorms(
+        torch.stack([norms[0] for norms in whole]), torch.stack(per_token), torch.stack([norms[1] for norms in whole])
+    )

@@ -1,0 +1,230 @@
+"""One op: hidden states and weights of the head to what `logprob_stats` says of the logits, which never exist whole.
+
+Here: the function, its float64 reference, what it must cost, and its backward pass for autograd. How logits are
+cut into slabs is in ``_head``, what is done with each in ``_head_passes``, and how slabs and ranks are joined in
+``_softmax_parts``. The products are torch's (cuBLAS on a GPU), the rest is one pass of `logprob_stats` over each slab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from snr_optim.kernels._head import Head, Options, prepare
+from snr_optim.kernels._head_passes import Kept, gradients, statistics
+from snr_optim.kernels._launch import Cost, Impl, exactly, expect_names
+from snr_optim.kernels.logprob_stats import LogprobStats, logprob_stats_reference
+
+
+def linear_logprob_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    outputs: Collection[str] = LogprobStats._fields,
+    slab_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    first_label: int | None = None,
+    impl: Impl = "auto",
+) -> LogprobStats:
+    r"""`logprob_stats` of ``scale (hidden weight^T + bias)``, without the logits.
+
+    .. math::
+        x = s\,(h W^\top + b), \quad x \leftarrow c \tanh(x / c), \quad p = \mathrm{softmax}(x / T)
+
+    Logits exist a slab at a time: a slice of the vocabulary for all tokens, multiplied by torch, reduced by
+    `logprob_stats` and joined with what the other slices said. The backward pass multiplies again, but for the last
+    slab, which is kept: with a slab as large as the logits nothing is computed twice, with a small one a quarter of all
+    products is. Weight gradients are rounded once, gradients of hidden states are summed in float32.
+
+    ``torch.autocast`` is followed: products in its dtype, gradients in those of the tensors. Under ``torch.compile``
+    the graph is broken around the op. Differentiable once, in reverse mode; not by ``torch.func``.
+
+    With a ``process_group`` every rank has a slice of the vocabulary (its rows of ``weight`` and ``bias``), the same
+    hidden states and the same labels. Statistics are joined by one collective of eight numbers per token and rank,
+    gradients of hidden states are summed over the ranks, and both are then the same on all of them; every
+    rank must call backward.
+
+    Args:
+        hidden: ``[..., d]``, any floating dtype.
+        weight: ``[V, d]``, of the dtype of ``hidden``, or any under autocast.
+        labels: ``[...]`` integers in ``[0, V)``, or ``ignore_index``. Tokens that are left out are multiplied like the
+            others: where they are many, pass ``hidden[mask]``.
+        temperature: positive divisor of the logits: a number, or a tensor, ``[]`` or ``[...]``, without gradient.
+        bias: ``[V]``.
+        softcap: ``c``, positive (Gemma 2); None for no cap.
+        scale: ``s``, positive (Cohere's ``logit_scale``; ``1 / logits_scaling`` of Granite).
+        ignore_index: label of the tokens to leave out: all outputs and gradients 0.
+        outputs: names of the statistics to compute; the others are ``None``.
+        slab_bytes: the most that logits, and copies of them, may take at any time, and what is kept until the backward
+            pass: at least a row of 1024 columns is taken. By default 1 GiB on a GPU and 64 MiB elsewhere. Further
+            memory is that of the results, and in the backward pass the gradients, a float32 copy of that of
+            the hidden states and, in products of low precision on a CPU, float32 copies of 1024 columns.
+        logits_dtype: of the slab; by default that of the products, as a model has it (float32 with a softcap).
+            ``torch.float32`` spares bfloat16 logits their rounding, by twice the traffic and half the columns.
+        process_group: of the ranks that have the other rows of the vocabulary.
+        first_label: the label of the first row of ``weight``; by default the rank in the group times the rows of
+            ``weight``, which wants equal slices.
+        impl: of `logprob_stats`: ``"torch"`` or ``"triton"`` to insist on one.
+
+    Returns:
+        float32 tensors (float64 for float64 inputs) of the shape of ``labels``. Tokens that have no answer are NaN, as
+        in `logprob_stats`: so are those whose label is in no slice, or in two.
+
+    Raises:
+        TypeError: hidden or weight not floating, labels not integers, dtypes that differ outside of autocast, a
+            ``DTensor``.
+        ValueError: shapes or devices that disagree, an empty vocabulary, a temperature, scale or softcap that is not
+            positive and finite, unknown ``outputs`` or ``impl``, ``slab_bytes`` below 1.
+
+    Example:
+        >>> hidden, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+        >>> stats = linear_logprob_stats(hidden, weight, torch.tensor([1]), temperature=3.0)
+        >>> [round(float(value), 4) for value in stats]  # of the logits 0 and 3
+        [-0.3133, 0.5822, 0.6068, 0.1447]
+    """
+    asked = expect_names("outputs", outputs, LogprobStats._fields)
+    squares = "sum_p_squared" in asked or "grad_norm_squared" in asked
+    divisor, options = prepare(
+        hidden, weight, labels, temperature, bias, softcap=softcap, scale=scale, ignore_index=ignore_index,
+        slab_bytes=slab_bytes, logits_dtype=logits_dtype, process_group=process_group, first_label=first_label,
+        impl=impl,
+    )  # fmt: skip
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    found = _apply(hidden, weight, bias, labels, divisor, options, "entropy" in asked, squares, keep)
+    values = [found[i] if name in asked else None for i, name in enumerate(LogprobStats._fields)]
+    return LogprobStats(*cast("list[Tensor]", values))
+
+
+def linear_logprob_stats_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> LogprobStats:
+    """The same by the definitions, all logits in float64: differentiable in any mode and order.
+
+    Args:
+        hidden: ``[..., d]``.
+        weight: ``[V, d]``.
+        labels: ``[...]`` integers in ``[0, V)``.
+        temperature: a number, or a tensor that broadcasts to ``[...]``.
+        bias: ``[V]``.
+        softcap: of the scaled logits.
+        scale: of the logits.
+
+    Returns:
+        float64 tensors.
+
+    Example:
+        >>> linear_logprob_stats_reference(torch.ones(1, 1), torch.zeros(4, 1), torch.tensor([2])).sum_p_squared
+        tensor([0.2500], dtype=torch.float64)
+    """
+    logits = hidden.double() @ weight.double().t()
+    logits = scale * (logits if bias is None else logits + bias.double())
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logprob_stats_reference(logits, labels, temperature)
+
+
+def linear_logprob_stats_cost(
+    rows: int, width: int, vocab: int, dtype: torch.dtype, *, backward: bool = False, recomputed: float = 1.0
+) -> Cost:
+    """What a call must move and compute; with ``backward`` its backward pass instead.
+
+    Args:
+        rows: tokens.
+        width: of the hidden states.
+        vocab: rows of the weights.
+        dtype: of both.
+        backward: count the backward pass.
+        recomputed: share of the logits that the backward pass has to multiply again.
+
+    Returns:
+        FLOP of the products; bytes of the hidden states, weights and, backward, gradients, once each.
+
+    Example:
+        >>> forward = linear_logprob_stats_cost(8192, 2560, 151_936, torch.bfloat16)
+        >>> f"{forward.flops / 790e12 * 1e3:.2f} ms at 790 TFLOP/s"
+        '8.07 ms at 790 TFLOP/s'
+    """
+    products = 2 + recomputed if backward else 1
+    nbytes = (rows + vocab) * width * dtype.itemsize * (2 if backward else 1)
+    return Cost(nbytes, round(2 * rows * width * vocab * products))
+
+
+# -------------------------------------------------------------------------------------------------------- autograd
+class _Statistics(torch.autograd.Function):
+    """Saves its inputs, seven numbers per token and the last slab of logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        divisor: Tensor,
+        options: Options,
+        entropy: bool,
+        squares: bool,
+        keep: bool,
+    ) -> tuple[Tensor, ...]:
+        with exactly(hidden.device):
+            head = Head.of(hidden, weight, bias, labels, divisor, options)
+            results, kept = statistics(head, head.tiles(), entropy, squares)
+        results = tuple(result.view(labels.shape) for result in results)
+        if keep:
+            ctx.set_materialize_grads(False)
+            ctx.options, ctx.tile = options, kept and kept.tile
+            ctx.save_for_backward(hidden, weight, bias, labels, divisor, kept and kept.buffer, *results)
+        return results[:4]
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, divisor, buffer, *results = ctx.saved_tensors
+        # The gradient is written over the logits, which a second backward pass has to multiply again. `data` because
+        # autograd would refuse that pass; it cannot know that nobody reads the slab again.
+        kept, ctx.tile = Kept(buffer.data, ctx.tile) if ctx.tile is not None else None, None
+        with exactly(hidden.device):
+            head = Head.of(hidden, weight, bias, labels, divisor, ctx.options)
+            known, of_rows = [x.reshape(-1) for x in results], [None if g is None else g.reshape(-1) for g in given]
+            found = gradients(head, head.tiles(), known, of_rows, kept, ctx.needs_input_grad[:3])
+        of_inputs = [None if g is None else g.view(x.shape) for g, x in zip(found, (hidden, weight, bias), strict=True)]
+        if torch.is_grad_enabled():  # create_graph=True
+            of_inputs = [None if g is None else _Once.apply(g, hidden, weight, bias, *given) for g in of_inputs]  # type: ignore[no-untyped-call]
+        return *of_inputs, None, None, None, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on its inputs in a way that is not to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        return gradient
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "linear_logprob_stats: differentiable once; for second derivatives use linear_logprob_stats_reference"
+        )
+
+
+@_disable_dynamo  # torch.compiler.disable would import the compiler here
+def _apply(*arguments: Any) -> Sequence[Tensor]:
+    return cast("Sequence[Tensor]", _Statistics.apply(*arguments))  # type: ignore[no-untyped-call]
