@@ -5,6 +5,7 @@ variance-optimal unbiased baseline (:class:`GradWeightedBaseline`), and the stat
 """
 
 from snr_optim.baseline import GradWeightedBaseline as GradWeightedBaseline
+from snr_optim.causal_lm import model_logprob_stats as model_logprob_stats
 from snr_optim.moments import GradientMoments as GradientMoments
 from snr_optim.per_sample import PerSampleGradNorms as PerSampleGradNorms
 from snr_optim.per_sample import logit_grad_norms as logit_grad_norms

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from snr_optim import GradientMoments, GradWeightedBaseline, PerSampleGradNorms, SNRAdaptiveLR
+from snr_optim import GradientMoments, GradWeightedBaseline, PerSampleGradNorms, SNRAdaptiveLR, model_logprob_stats
 from snr_optim.kernels.head_grad_norms import head_grad_norms
 from snr_optim.kernels.linear_logprob_stats import linear_logprob_stats
 
@@ -424,6 +424,39 @@ def vocabulary_parallel():
     for first_label in (0, 700 * rank):
         got = linear_logprob_stats(hidden, shard, labels, process_group=group, first_label=first_label)
         assert got.log_prob[labels != -100].isnan().all()
+
+
+def causal_lm():
+    """Wrapped models, their heads replaced for a call, train like the model itself on all ranks' batches."""
+    from language_models import VOCABULARY, language_model
+    from torch.distributed.fsdp import fully_shard
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    batches = torch.randint(VOCABULARY, (3, world, 2, 6), generator=torch.Generator().manual_seed(0))
+
+    def steps(model, ids):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for of_step in ids:
+            stats = model_logprob_stats(model, of_step, of_step, slab_bytes=1 << 10)
+            (-stats.log_prob - 0.1 * stats.entropy).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return whole(model)
+
+    def shard(model, blocks=True, head=False):
+        for part in [*(model.model.layers if blocks else []), *([model.lm_head] if head else []), model]:
+            fully_shard(part)
+        return model
+
+    for name in ("qwen3", "qwen3-untied", "gemma2"):
+        expected = steps(language_model(name).double(), batches.flatten(1, 2))
+        wrapped = [DistributedDataParallel(language_model(name).double())]
+        wrapped += [shard(language_model(name).double()), shard(language_model(name).double(), blocks=False)]
+        if name == "qwen3-untied":
+            wrapped.append(shard(language_model(name).double(), head=True))
+        for model in wrapped:
+            for key, value in steps(model, batches[:, rank]).items():
+                torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9)
 
 
 if __name__ == "__main__":

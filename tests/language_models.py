@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     Qwen2Config,
     Qwen3Config,
@@ -35,9 +38,17 @@ CONFIGS = {
 }  # fmt: skip
 
 
+SCALED = {  # their logits are not just those of the head
+    "gemma2": lambda: Gemma2Config(**SHAPE, final_logit_softcapping=3.0, sliding_window=64),
+    "cohere": lambda: CohereConfig(**SHAPE, logit_scale=0.3),
+    "granite": lambda: GraniteConfig(**SHAPE, logits_scaling=3.0),
+}
+
+
 def language_model(name):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name.removeprefix("lora-")](), attn_implementation="eager")
+    config = (CONFIGS | SCALED)[name.removeprefix("lora-")]()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if name.startswith("lora-"):
         from peft import LoraConfig, get_peft_model
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 CASES = Path(__file__).with_name("distributed_cases.py")
+FULLY_SHARDED = {"fsdp", "hsdp", "fsdp_divide_factor", "per_sample_fsdp", "causal_lm"}
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
 
 
@@ -20,11 +21,13 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no
         ("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("unequal", 4), ("ddp_checkpointed", 2),
         ("trap_22_ddp_comm_hook", 2), ("fsdp_divide_factor", 2), ("refused", 2), ("inconsistent", 2),
         ("baseline", 2), ("baseline", 4), ("baseline_refused", 2),
-        ("per_sample_ddp", 2), ("per_sample_fsdp", 2), ("vocabulary_parallel", 2),
+        ("per_sample_ddp", 2), ("per_sample_fsdp", 2), ("vocabulary_parallel", 2), ("causal_lm", 2),
     ],
 )  # fmt: skip
 def test_every_rank_gets_what_one_process_gets(case, processes):
-    if case in ("fsdp", "hsdp", "fsdp_divide_factor", "per_sample_fsdp") and torch.__version__.startswith("2.6"):
+    if case in ("fsdp", "hsdp", "fsdp_divide_factor", "per_sample_fsdp", "causal_lm") and torch.__version__.startswith(
+        "2.6"
+    ):
         pytest.skip("fully_shard of torch 2.6 does not run on a CPU")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CASES.parent.parent)}

@@ -83,7 +83,7 @@ def test_tokens_left_out_and_tokens_without_an_answer():
 
 
 def test_no_logits_and_no_weight_gradients():
-    rows, width, vocab, slab = 512, 64, 65_536, 1 << 23
+    rows, width, vocab, slab = 512, 32, 32_768, 1 << 23
     hidden, weight = torch.randn(rows, width, device=DEVICE), torch.randn(vocab, width, device=DEVICE)
     labels, cu_seqlens = torch.randint(vocab, (rows,), device=DEVICE), 128 * torch.arange(5, device=DEVICE)
     call = lambda: head_grad_norms(hidden, weight, labels, cu_seqlens, slab_bytes=slab)  # noqa: E731
@@ -91,7 +91,7 @@ def test_no_logits_and_no_weight_gradients():
     peak = peak_memory(call, torch.device(DEVICE))
     if peak is None:
         pytest.skip("the system does not tell")
-    assert peak < slab + 3 * (8 << 20) < rows * vocab * 4 / 3  # 8 MB: of `logprob_stats_torch`
+    assert peak < slab + (12 << 20) < rows * vocab * 4 / 2  # 8 MB: of `logprob_stats_torch`
 
 
 @pytest.mark.parametrize(

@@ -414,7 +414,7 @@ def test_a_compiled_function_breaks_its_graph_there():
 @pytest.mark.parametrize("softcap", [None, 10.0])
 def test_logits_are_never_whole(softcap):
     """Peak memory beyond the gradients, measured: the slab and some of what a slab is computed with."""
-    rows, width, vocab, slab = 512, 64, 65_536, 1 << 23
+    rows, width, vocab, slab = 512, 32, 32_768, 1 << 23
     hidden, weight, _, labels = random_head(rows, width, vocab)
     hidden.requires_grad_(), weight.requires_grad_()
 
@@ -429,7 +429,7 @@ def test_logits_are_never_whole(softcap):
     if peak is None:
         pytest.skip("the system does not tell")
     logits = rows * vocab * 4
-    assert peak < weight.nbytes + slab + 3 * (8 << 20) < weight.nbytes + logits / 2  # 8 MB: of `logprob_stats_torch`
+    assert peak < weight.nbytes + slab + (12 << 20) < weight.nbytes + logits / 2  # 8 MB: of `logprob_stats_torch`
     assert peak_memory(lambda: step(1 << 30), device) > 0.9 * (weight.nbytes + logits)  # it would be seen
 
 

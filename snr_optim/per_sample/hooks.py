@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -54,6 +56,8 @@ class ForwardHook:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
             return
+        if module in _unobserved:
+            return
         me, layer = self.recorder(), self.layer
         if me is None or torch._C._functorch.is_functorch_wrapped_tensor(output):
             return  # torch.func differentiates by its own ways
@@ -78,6 +82,19 @@ class ForwardHook:
         hooked.register_hook(  # type: ignore[no-untyped-call]
             Observation(layer.waiting, inputs, partial(_pass_on, self.recorder, layer, record))
         )
+
+
+_unobserved: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@contextmanager
+def unobserved(module: nn.Module) -> Iterator[None]:
+    """Calls that do not do what the layer's rule says: where its parameters are to be measured, they are refused."""
+    _unobserved.add(module)
+    try:
+        yield
+    finally:
+        _unobserved.discard(module)
 
 
 def whole_of(output: Tensor) -> Tensor:

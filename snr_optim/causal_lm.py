@@ -1,0 +1,234 @@
+"""Statistics of a whole causal language model's log-probs, without its logits: its head, replaced for one call.
+
+For models as Hugging Face writes them, whatever wraps them (LoRA, DDP, `fully_shard`, autocast): everything up to the
+head runs as it always does, through the model's own ``forward``. Nothing here imports transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from snr_optim.kernels._launch import Impl, expect_integers
+from snr_optim.kernels.linear_logprob_stats import linear_logprob_stats
+from snr_optim.kernels.logprob_stats import LogprobStats
+from snr_optim.per_sample.hooks import unobserved
+
+IGNORE_INDEX = -100
+PROBES = (1.0, 40.0)  # in place of logits, to see what the model makes of them
+
+
+def model_logprob_stats(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    outputs: Collection[str] = LogprobStats._fields,
+    slab_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    impl: Impl = "auto",
+    **inputs: Any,
+) -> LogprobStats:
+    r"""`linear_logprob_stats` of a causal LM: log-probs, entropies and their kin of all labels, without logits.
+
+    .. math::
+        \log p_t = \log \pi(y_t \mid x_{<t})
+
+    The model is called as ever, with its head replaced for this one call: hidden states of tokens that are to be
+    predicted, and only those, go to `linear_logprob_stats` with the head's weights. Tied and untied heads, biases,
+    ``final_logit_softcapping`` (Gemma), ``logit_scale`` (Cohere), ``logits_scaling`` (Granite) and
+    ``lm_head_multiplier`` (Falcon-H1) are those of the model. What else a model does to its logits is noticed, by
+    what it makes of two numbers in their place, and refused. What a model adds to its loss (a router's, for one) is not
+    in the result.
+
+    **Labels are not shifted**, as in Hugging Face's ``model(input_ids, labels=labels)``: position ``t`` of the result
+    is about the token ``labels[:, t]``, given the tokens before ``t``.
+
+    Args:
+        model: a causal LM, with ``get_output_embeddings()``, or what wraps one.
+        input_ids: ``[B, T]``.
+        labels: ``[B, T]`` integers: ``input_ids``, with -100 where nothing is to be said (prompt, padding, and the
+            first token of every sequence if several are packed in a row). The first of a row is never predicted.
+        temperature: a number, or ``[B, T]`` like the labels.
+        outputs: names of the statistics to compute; the others are ``None``.
+        slab_bytes: of `linear_logprob_stats`, as are the following.
+        logits_dtype: of the slab.
+        impl: of `logprob_stats`.
+        inputs: what else the model takes: ``attention_mask``, ``position_ids``, ... ``use_cache`` is False by default.
+
+    Returns:
+        ``[B, T]`` each, like `linear_logprob_stats`: 0 where the label is -100, and in the first column.
+
+    Raises:
+        TypeError: a head that is no plain `nn.Linear` (LoRA on the head, quantised or sharded heads), labels that are
+            not integers.
+        ValueError: shapes that disagree, and what `linear_logprob_stats` raises.
+        RuntimeError: a model that is compiled as a whole, that does not call its head, or that changes its logits in
+            other ways than those above. In a block of `PerSampleGradNorms` that measures the head, its backward pass:
+            leave the head out by ``parameters=``, and add `head_grad_norms`.
+
+    Example:
+        >>> class Tiny(nn.Module):  # stands in for transformers' AutoModelForCausalLM
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embed, self.lm_head = nn.Embedding(4, 4), nn.Linear(4, 4, bias=False)
+        ...         nn.init.eye_(self.embed.weight), nn.init.eye_(self.lm_head.weight)
+        ...     def get_output_embeddings(self):
+        ...         return self.lm_head
+        ...     def forward(self, input_ids, use_cache=True):
+        ...         return (self.lm_head(self.embed(input_ids)),)
+        >>> ids = torch.tensor([[2, 2, 3]])
+        >>> model_logprob_stats(Tiny(), ids, ids).log_prob.detach()
+        tensor([[ 0.0000, -0.7437, -1.7437]])
+    """
+    expect_integers("labels", labels)
+    if labels.dim() != 2 or labels.shape != input_ids.shape:
+        raise ValueError(f"labels: expected [B, T] like input_ids, {list(input_ids.shape)}, got {list(labels.shape)}")
+    if isinstance(temperature, Tensor) and temperature.dim() and temperature.shape != labels.shape:
+        raise ValueError(f"temperature: expected a number or {list(labels.shape)}, got {list(temperature.shape)}")
+    language_model = unwrapped(model)
+    head, scaling = output_head(language_model), Scaling.of(language_model)
+    options: dict[str, Any] = {
+        "outputs": outputs, "slab_bytes": slab_bytes, "logits_dtype": logits_dtype, "impl": impl, **scaling._asdict()
+    }  # fmt: skip
+    predicted = torch.cat([torch.zeros_like(labels[:, :1], dtype=torch.bool), labels[:, 1:] != IGNORE_INDEX], dim=1)
+    found: list[Tensor] | None = None
+
+    def statistics(hidden: Tensor) -> Tensor:
+        """In place of the head's forward: statistics to ``found``, and something to go on with to the model."""
+        if hidden.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"model: expected its head to see [B, T, d], {[*labels.shape, 'd']}, got {list(hidden.shape)}"
+            )
+        nonlocal found
+        where, device = predicted.to(hidden.device), hidden.device
+        stats = linear_logprob_stats(
+            hidden[where.roll(-1, 1)],  # the states before; the first column, False, comes last
+            head.weight,
+            labels.to(device)[where],
+            temperature.to(device)[where] if isinstance(temperature, Tensor) and temperature.dim() else temperature,
+            head.bias,
+            **options,
+        )
+        found = [x.new_zeros(labels.shape).masked_scatter(where, x) for x in stats if x is not None]
+        instead = hidden.new_tensor([PROBES]).expand(*labels.shape, len(PROBES))
+        return _Instead.apply(instead, *found)  # type: ignore[no-untyped-call, no-any-return]
+
+    with replaced_forward(head, statistics):
+        returned = model(input_ids=input_ids, **{"use_cache": False} | inputs)
+    if found is None:
+        raise RuntimeError(f"model: {type(language_model).__name__} returned without a call of its output head")
+    logits = returned.logits if hasattr(returned, "logits") else returned[0]
+    scaling.expect(logits, labels)
+    values = iter(_Joined.apply(logits, *found))  # type: ignore[no-untyped-call]
+    asked = [next(values) if name in outputs else None for name in LogprobStats._fields]  # in this order
+    return LogprobStats(*cast("list[Tensor]", asked))
+
+
+class Scaling(NamedTuple):
+    """What a model makes of its logits: ``softcap tanh(scale x / softcap)``, or ``scale x``."""
+
+    softcap: float | None
+    scale: float
+
+    @staticmethod
+    def of(model: nn.Module) -> Scaling:
+        """By the names that Hugging Face's models have for it in their configurations."""
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        softcap, *factors = (
+            getattr(config, name, None)
+            for name in ("final_logit_softcapping", "logit_scale", "lm_head_multiplier", "logits_scaling")
+        )
+        scale, multiplier, divisor = (1.0 if factor is None else float(factor) for factor in factors)
+        return Scaling(softcap, scale * multiplier / divisor)
+
+    def expect(self, logits: Tensor, labels: Tensor) -> None:
+        """Raise a RuntimeError unless the model made of the `PROBES` what it should."""
+        expected = self.scale * torch.tensor(PROBES)
+        if self.softcap is not None:
+            expected = self.softcap * torch.tanh(expected / self.softcap)
+        shape = (*labels.shape, len(PROBES))
+        if logits.shape != shape:
+            raise RuntimeError(
+                f"model: expected it to return what its head does, {list(shape)}, got {list(logits.shape)}"
+            )
+        if labels.numel() and not torch.allclose(logits[0, -1].detach().cpu().float(), expected, rtol=2e-2):  # bfloat16
+            got = [round(x, 4) for x in logits[0, -1].tolist()]
+            raise RuntimeError(
+                f"model: expected {[round(x, 4) for x in expected.tolist()]} for logits of {list(PROBES)} (softcap "
+                f"{self.softcap}, scale {self.scale:g}, by its config), got {got}: it does something else to its logits"
+            )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The language model within DDP and its kind."""
+    inner = model
+    while not hasattr(inner, "get_output_embeddings") and isinstance(
+        within := getattr(inner, "module", None), nn.Module
+    ):
+        inner = within
+    for each in (model, inner):
+        if hasattr(each, "_orig_mod") or getattr(each, "_compiled_call_impl", None) is not None:
+            raise RuntimeError(
+                "model: compiled as a whole, its head cannot be replaced; compile its layers, or model.model"
+            )
+    return inner
+
+
+def output_head(model: nn.Module) -> nn.Linear:
+    """The layer whose output are the logits."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    if head is None:
+        raise TypeError(f"model: expected a causal LM with get_output_embeddings(), got {type(model).__name__}")
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
+        raise TypeError(f"model: expected an output head that is a plain torch.nn.Linear, got {kind}")
+    return head
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Its hooks stay: `fully_shard` gathers the weights before and lets them go after."""
+    module.forward = forward
+    try:
+        with unobserved(module):
+            yield
+    finally:
+        del module.forward
+
+
+class _Instead(torch.autograd.Function):
+    """What the model goes on with instead of logits; in its graph, the statistics come before it.
+
+    So hooks that wrappers put on the model's output run in the backward pass, and before the head's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, instead: Tensor, *statistics: Tensor) -> Tensor:
+        return instead.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _Joined(torch.autograd.Function):
+    """The statistics, with the model's output as one more thing that they came from."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(output)
+        return tuple(x.view_as(x) for x in statistics)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        [output] = ctx.saved_tensors
+        return torch.zeros_like(output), *gradients
