@@ -17,6 +17,7 @@ lint: .venv/ready            ## style and types
 
 bench: .venv/ready           ## minutes each; then the studies that train: three hours
 	$(BIN)/python -m benchmarks.logprob_stats --out runs/bench --plot runs/bench/logprob_stats.png
+	$(BIN)/python -m benchmarks.linear_logprob_stats --out runs/bench
 	$(BIN)/python -m benchmarks.estimators --out runs/bench
 	$(BIN)/python -m benchmarks.attach_overhead --out runs/bench
 	$(BIN)/python -m benchmarks.baseline_speed --out runs/bench
@@ -32,14 +33,16 @@ peers: .venv/ready           ## the code bases that `make bench` compares with, 
 	$(BIN)/pip install -q -c constraints.txt trl liger-kernel ray tensordict hydra-core codetiming orjson
 	$(BIN)/pip install -q -c constraints.txt opacus einops unfoldnd
 	$(BIN)/pip install -q --no-deps backpack-for-pytorch==1.7.1 # it wants torchvision, which it needs for examples only
+	$(BIN)/pip install -q --no-deps cut-cross-entropy==25.1.1
 	$(BIN)/pip install -q --no-deps verl==0.9.1 # its pins are older than ours; the functions compared need none
 
 gpu: OUT ?= runs/gpu
 gpu:                         ## tests and benchmarks on the accelerator of this machine, with its own torch
 	mkdir -p $(OUT)
-	$(PYTHON) -m pytest -q tests/test_device.py tests/test_logprob_stats.py tests/test_linear_grad_norms.py \
-		tests/test_norm_embedding_grad_norms.py
+	$(PYTHON) -m pytest -q tests/test_device.py tests/test_logprob_stats.py tests/test_linear_logprob_stats.py \
+		tests/test_head_grad_norms.py tests/test_linear_grad_norms.py tests/test_norm_embedding_grad_norms.py
 	$(PYTHON) -m benchmarks.logprob_stats --out $(OUT) --plot $(OUT)/logprob_stats.png
+	$(PYTHON) -m benchmarks.linear_logprob_stats --device cuda --out $(OUT)
 	$(PYTHON) -m benchmarks.linear_grad_norms --device cuda --out $(OUT)
 	$(PYTHON) -m benchmarks.per_sample_norms --device cuda --turns 3 --out $(OUT)
 	$(PYTHON) -m benchmarks.attach_overhead --device cuda --steps 20 --out $(OUT)

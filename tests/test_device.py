@@ -6,9 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from snr_optim import GradientMoments, GradWeightedBaseline, PerSampleGradNorms, SNRAdaptiveLR, logit_grad_norms
+from snr_optim import (
+    GradientMoments,
+    GradWeightedBaseline,
+    PerSampleGradNorms,
+    SNRAdaptiveLR,
+    logit_grad_norms,
+    model_logprob_stats,
+)
 from snr_optim.kernels._segments import Segments
+from snr_optim.kernels.head_grad_norms import head_grad_norms, head_grad_norms_reference
 from snr_optim.kernels.linear_grad_norms import linear_grad_norms, linear_grad_norms_reference
+from snr_optim.kernels.linear_logprob_stats import linear_logprob_stats, linear_logprob_stats_reference
 from snr_optim.kernels.norm_embedding_grad_norms import (
     embedding_grad_norms,
     embedding_grad_norms_reference,
@@ -184,3 +193,67 @@ def test_norms_of_a_language_model(dtype, method):
     run()
     rtol = 1e-3 if dtype == torch.float32 else 0.1
     assert torch.allclose(run().cpu().double(), on_cpu.squared(), rtol=rtol)
+
+
+@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
+def test_head_statistics_of_real_sizes_equal_the_reference(logits_dtype):
+    """Qwen3's vocabulary in bfloat16: rounded logits as a model has them, or not; gradients are bfloat16."""
+    hidden = torch.randn(600, 1024, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(151_936, 1024, device="cuda") / 16).bfloat16().requires_grad_()
+    labels, factors = torch.randint(151_936, (600,), device="cuda"), torch.randn(4, 600, device="cuda")
+    stats = linear_logprob_stats(hidden, weight, labels, 0.7, slab_bytes=1 << 24, logits_dtype=logits_dtype)
+    found = torch.autograd.grad(sum((f * x).sum() for f, x in zip(factors, stats, strict=True)), (hidden, weight))
+    true = linear_logprob_stats_reference(hidden, weight, labels, 0.7)
+    expected = torch.autograd.grad(sum((f * x).sum() for f, x in zip(factors, true, strict=True)), (hidden, weight))
+    tolerance = 1e-4 if logits_dtype == torch.float32 else 2e-2
+    for a, b in zip(stats, true, strict=True):
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b.double()).norm() <= 2e-2 * b.double().norm()
+
+
+def test_head_statistics_keep_to_the_slab_and_wait_for_nothing():
+    hidden = torch.randn(4096, 512, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(100_000, 512, device="cuda").bfloat16().requires_grad_()
+    labels = torch.randint(100_000, (4096,), device="cuda")
+    slab = 64 << 20  # logits: 819 MB
+
+    def step():
+        stats = linear_logprob_stats(hidden, weight, labels, slab_bytes=slab)
+        sum(x.sum() for x in stats).backward()
+        hidden.grad = weight.grad = None
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # gradients, those of the hidden states in float32 and once more as a product
+    most = slab + weight.nbytes + 5 * hidden.nbytes + (8 << 20)
+    assert torch.cuda.max_memory_allocated() - before < most
+
+
+def test_head_norms_on_the_device_equal_the_reference():
+    hidden, weight = torch.randn(300, 64, device="cuda"), torch.randn(20_000, 64, device="cuda")
+    labels, cu_seqlens = torch.randint(20_000, (300,), device="cuda"), packed_on_the_device([100, 0, 1, 199])
+    got = head_grad_norms(hidden, weight, labels, cu_seqlens, slab_bytes=1 << 20)
+    true = head_grad_norms_reference(hidden.cpu(), weight.cpu(), labels.cpu(), cu_seqlens.cpu())
+    for a, b in zip(got, true, strict=True):
+        assert torch.allclose(a.cpu().double(), b, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_a_language_model_without_its_logits(name):
+    from language_models import language_model, padded_batch
+
+    batch = padded_batch((7, 3, 6))
+    model = language_model(name)
+    expected = model_logprob_stats(model, labels=batch["input_ids"], **batch)
+    there = {key: value.cuda() for key, value in batch.items()}
+    got = model_logprob_stats(model.cuda(), labels=there["input_ids"], **there)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(a.cpu(), b, rtol=1e-3, atol=1e-4)

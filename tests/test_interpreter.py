@@ -1,4 +1,4 @@
-"""The Triton kernels on CPU tensors: the same tests again, in a process where Triton interprets them."""
+"""The Triton kernels on CPU tensors: the same tests again, in processes where Triton interprets them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,31 @@ import torch
 from snr_optim.kernels._launch import has_triton, interprets
 
 HERE = Path(__file__).parent
+FILES = [
+    "test_logprob_stats.py",
+    "test_linear_logprob_stats.py",
+    "test_linear_grad_norms.py",
+    "test_norm_embedding_grad_norms.py",
+]
+
+
+def interpret(tests):
+    command = [sys.executable, "-m", "pytest", "-q", str(HERE / tests), "-k", "triton or slices"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # one small program at a time
+    return subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    with ThreadPoolExecutor(2) as pool:
+        yield {tests: pool.submit(interpret, tests) for tests in FILES}
 
 
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 @pytest.mark.skipif(interprets() or torch.cuda.is_available(), reason="this process runs the kernels itself")
-@pytest.mark.parametrize(
-    "tests",
-    [
-        "test_logprob_stats.py", "test_linear_logprob_stats.py", "test_linear_grad_norms.py",
-        "test_norm_embedding_grad_norms.py",
-    ],
-)  # fmt: skip
-def test_kernels_interpreted(tests):
-    command = [sys.executable, "-m", "pytest", "-q", str(HERE / tests), "-k", "triton or slices"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # one small program at a time
-    run = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("tests", FILES)
+def test_kernels_interpreted(runs, tests):
+    run = runs[tests].result()
     assert run.returncode == 0, run.stdout[-6000:]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 20
     assert "skipped" not in run.stdout
