@@ -8,7 +8,7 @@ from pathlib import Path
 
 def test_the_readme_examples_run(capsys):
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    loop, baseline, norms, kernel = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    loop, baseline, norms, kernel, head = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     exec(loop, {})
     assert "'observations': 1.0" in capsys.readouterr().out
     exec(baseline, {})
@@ -17,3 +17,5 @@ def test_the_readme_examples_run(capsys):
     exec(norms, {})
     assert "tensor(" in capsys.readouterr().out
     exec(kernel, {})
+    exec(head, {})
+    assert capsys.readouterr().out.count("tensor(") == 3
