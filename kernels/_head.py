@@ -24,7 +24,8 @@ from snr_optim.kernels._products import multiply
 from snr_optim.kernels.logprob_stats import temperature_tensor
 
 FEWEST_COLUMNS = 1024  # below that rows are divided too: thinner products are slow
-GRANULE = 64  # columns are multiples of it, so that rows of a slab start where kernels read fastest
+GRANULE = 64  # columns are multiples of it, but for the last: rows of a slab start where kernels read fastest
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NO_LABEL = -100  # of rows that are left out; no column has this number
 
 
@@ -77,7 +78,7 @@ class Head:
     """``x = squash(gain (hidden weight^T + bias))``, ``p = softmax(x / divisor)``.
 
     Attributes:
-        hidden: ``[N, d]``.
+        hidden: ``[N, d]``, in the dtype of the products.
         weight: ``[V, d]``: all rows of the vocabulary, or those of this rank.
         bias: ``[V]``.
         labels: ``[N]``, int64, counted over the vocabulary of all ranks.
@@ -105,7 +106,7 @@ class Head:
         hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, divisor: Tensor, options: Options
     ) -> Head:
         """From ``[..., d]`` and ``[...]``."""
-        rows = hidden.detach().reshape(labels.numel(), hidden.shape[-1])
+        rows = hidden.detach().reshape(labels.numel(), hidden.shape[-1]).to(options.product_dtype)
         bias = None if bias is None else bias.detach()
         divisor = divisor.reshape(-1).contiguous() if divisor.dim() else divisor
         return Head(rows, weight.detach(), bias, labels.reshape(-1).long(), divisor, options)
@@ -129,14 +130,17 @@ class Head:
             return []
         size = options.slab_dtype.itemsize * (1 + options.squash)  # a squash is differentiated from its output
         size += options.product_dtype.itemsize * (options.slab_dtype != options.product_dtype)
+        per_column = (
+            self.weight.shape[1] * options.product_dtype.itemsize * (self.weight.dtype != options.product_dtype)
+        )
         fewest = min(vocab, GRANULE if whole_rows else FEWEST_COLUMNS)
-        most = options.slab_bytes // (size * rows) // GRANULE * GRANULE
+        most = options.slab_bytes // (size * rows + per_column) // GRANULE * GRANULE
         if whole_rows and most < fewest:
-            least = size * rows * fewest
+            least = (size * rows + per_column) * fewest
             raise ValueError(f"slab_bytes: expected {least} or more for {rows} tokens, got {options.slab_bytes}")
         most = max(fewest, most)
         columns = math.ceil(math.ceil(vocab / math.ceil(vocab / most)) / GRANULE) * GRANULE
-        height = min(rows, max(1, options.slab_bytes // (size * min(columns, vocab))))
+        height = min(rows, max(1, (options.slab_bytes // min(columns, vocab) - per_column) // size))
         return [
             Tile(slice(r, min(rows, r + height)), slice(c, min(vocab, c + columns)))
             for c, r in product(range(0, vocab, columns), range(0, rows, height))
@@ -150,7 +154,7 @@ class Head:
     def fill(self, buffer: Tensor, tile: Tile) -> Tensor:
         """The logits of a tile in ``buffer``."""
         slab = tile.view(buffer)
-        hidden, weight = self.hidden[tile.rows].to(self.options.product_dtype), self.weight_of(tile).t()
+        hidden, weight = self.hidden[tile.rows], self.weight_of(tile).t()
         bias = None if self.bias is None else self.bias[tile.columns].to(slab.dtype)
         if slab.dtype == hidden.dtype:
             beta = 0.0 if bias is None else self.options.gain
@@ -170,7 +174,7 @@ class Head:
         """Labels as columns of the tile, ``elsewhere`` where they are in none; and where they are in one."""
         labels, ignored = self.labels[tile.rows], self.ignored[tile.rows]
         column = labels - (self.options.first_label + tile.columns.start)
-        owned = (column >= 0) & (column < tile.width) & ~ignored
+        owned = (column >= 0) & (column < tile.width)
         return torch.where(ignored, NO_LABEL, torch.where(owned, column, elsewhere)), owned
 
     def divisor_of(self, tile: Tile) -> Tensor:
@@ -212,8 +216,9 @@ def prepare(
         logits_dtype = exact if softcap else product_dtype
     if logits_dtype not in (product_dtype, exact):
         raise ValueError(f"logits_dtype: expected {product_dtype} or {exact}, got {logits_dtype}")
-    if first_label is None:
-        first_label = dist.get_rank(process_group) * len(weight) if process_group is not None else 0
+    rank = 0 if process_group is None else dist.get_rank(process_group)
+    if rank < 0:
+        raise ValueError("process_group: expected one that this rank is in")
     options = Options(
         gain=scale / softcap if softcap else 1.0,
         squash=softcap is not None,
@@ -221,7 +226,7 @@ def prepare(
         product_dtype=product_dtype,
         slab_dtype=logits_dtype,
         slab_bytes=slab_bytes,
-        first_label=first_label,
+        first_label=rank * len(weight) if first_label is None else first_label,
         group=process_group,
         impl=impl,
     )
@@ -233,8 +238,8 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) 
     for name, x in tensors.items():
         if hasattr(x, "placements"):
             raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass its to_local() and a process_group")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
         if x.device != hidden.device:
             raise ValueError(f"{name}: expected the device of hidden, {hidden.device}, got {x.device}")
     expect_integers("labels", labels)

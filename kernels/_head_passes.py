@@ -20,10 +20,10 @@ from snr_optim.kernels._softmax_parts import Part
 
 
 class Kept(NamedTuple):
-    """The slab that the forward pass leaves to the backward pass."""
+    """The last slab of the forward pass, left to the backward pass; or, once used, its room."""
 
     buffer: Tensor
-    tile: Tile
+    ready: bool
 
 
 # ---------------------------------------------------------------------------------------------------------- forward
@@ -51,7 +51,7 @@ def statistics(
             x[tile.rows] = of_tile
     if head.options.group is not None:
         whole = _softmax_parts.join(of_all_ranks(head, whole), head.divisor)
-    kept = Kept(buffer, tiles[-1]) if tiles[-1].height == rows else None
+    kept = Kept(buffer, ready=True) if tiles[-1].height == rows else None
     return whole.finish(head.ignored, path.LOG_UNIT), kept
 
 
@@ -70,7 +70,7 @@ def of_all_ranks(head: Head, mine: Part) -> Part:
 
 # --------------------------------------------------------------------------------------------------------- backward
 class Gradients(NamedTuple):
-    """With respect to hidden states, weight and bias, in their dtypes; None where not asked for."""
+    """With respect to hidden states (not yet rounded), weight and bias; None where not asked for."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -96,7 +96,7 @@ def gradients(
         if of_bias is not None:
             of_bias[tile.columns] += d.sum(0, dtype=of_bias.dtype)
         if of_weight is not None:
-            target, hidden = of_weight[tile.columns], head.hidden[tile.rows].to(d.dtype)
+            target, hidden = of_weight[tile.columns], head.hidden[tile.rows]
             if not divided:
                 multiply(d.t(), hidden, target)
                 continue
@@ -105,10 +105,8 @@ def gradients(
             add_product(total, d.t(), hidden)
             if tile.rows.stop == len(head.hidden):
                 target.copy_(total)
-    if of_hidden is not None:
-        if head.options.group is not None:
-            dist.all_reduce(of_hidden, group=head.options.group)
-        of_hidden = of_hidden.to(head.hidden.dtype)
+    if of_hidden is not None and head.options.group is not None:
+        dist.all_reduce(of_hidden, group=head.options.group)
     if of_bias is not None and head.bias is not None:
         of_bias = of_bias.to(head.bias.dtype)
     return Gradients(of_hidden, of_weight, of_bias)
@@ -123,21 +121,20 @@ def logit_gradients(
 ) -> Iterator[tuple[Tile, Tensor]]:
     """Slab after slab, the gradient with respect to ``hidden weight^T + bias``, in the dtype of the products.
 
-    A ``kept`` slab comes first, and is used up.
+    A kept slab, the last one, comes first and is used up.
     """
-    path = head.path()
-    given = [None if g is None else g * head.options.gain for g in given]
-    buffer = squashed = None
-    if kept is not None:
-        buffer = kept.buffer
-        tiles = [kept.tile, *(tile for tile in tiles if tile != kept.tile)]
-    elif tiles:
+    if not tiles:
+        return
+    path, given = head.path(), [None if g is None else g * head.options.gain for g in given]
+    ready = False
+    if kept is None:
         buffer = head.new_buffer(tiles)
-    if head.options.squash and tiles:
-        squashed = head.new_buffer(tiles)
+    else:
+        (buffer, ready), tiles = kept, [tiles[-1], *tiles[:-1]]
+    squashed = head.new_buffer(tiles) if head.options.squash else None
     for tile in tiles:
-        assert buffer is not None
-        slab = tile.view(buffer) if kept is not None and tile == kept.tile else head.fill(buffer, tile)
+        slab = tile.view(buffer) if ready else head.fill(buffer, tile)
+        ready = False
         labels, _ = head.labels_of(tile, elsewhere=tile.width)
         known = [x[tile.rows] if x.numel() else x for x in results]
         of_rows = [None if g is None else g[tile.rows] for g in given]

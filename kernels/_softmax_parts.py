@@ -60,12 +60,12 @@ class Part(NamedTuple):
             entropy=entropy.masked_fill(empty, 0.0),
             sum_p_squared=squares.masked_fill(empty, 0.0),
             rest=torch.where(owned, q, 1.0).masked_fill(empty, 0.0),
-            rest_squared=torch.where(owned, (norm - q.square()).clamp_min(0.0), squares).masked_fill(empty, 0.0),
+            rest_squared=torch.where(owned, norm - q.square(), squares).masked_fill(empty, 0.0),
         )
 
     def finish(self, ignored: Tensor, log_unit: float) -> tuple[Tensor, ...]:
-        """The seven results of `logprob_stats`: NaN where the label is in no part, or in two; 0 where ``ignored``."""
-        bad = (self.owned != 1) | (self.log_total == -math.inf)
+        """The seven results of `logprob_stats`: NaN where the label is in no part; 0 where ``ignored``."""
+        bad = (self.owned == 0) | (self.log_total == -math.inf)
         norm = self.rest.square() + self.rest_squared
         log_total = self.log_total / log_unit
         found = (self.log_prob, self.entropy, self.sum_p_squared, norm, self.reference, log_total, self.rest)
@@ -91,7 +91,7 @@ def join(parts: Part, temperature: Tensor) -> Part:
     top, leader = level.max(0, keepdim=True)
     below = level - torch.where(top == -math.inf, 0.0, top)
     followers = below.exp().scatter(0, leader, 0.0).sum(0).log1p()  # log of the total, relative to the leader's
-    log_share = below.scatter(0, leader, 0.0) - followers
+    log_share = below - followers
     share = log_share.exp()
     leading = Part(*(x.gather(0, leader).squeeze(0) for x in parts))
     return Part(

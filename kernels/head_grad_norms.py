@@ -117,28 +117,35 @@ def head_grad_norms(
         head = Head.of(hidden, weight, bias, labels, divisor, options)
         tiles = head.tiles(whole_rows="head" in asked)
         results, kept = statistics(head, tiles, entropy=False, squares=False)
-        of_log_prob = torch.ones_like(results[0])
-        rows = head.hidden.to(options.product_dtype)
-        of_weight = results[0].new_zeros(len(segments))
-        of_token = torch.zeros_like(results[0])
-        of_hidden = torch.zeros_like(head.hidden, dtype=head.exact)
-        for tile, g in logit_gradients(head, tiles, results, [of_log_prob, None, None, None], kept):
+        given = [torch.ones_like(results[0]), None, None, None]
+        of_head = results[0].new_zeros(len(segments))
+        of_tokens = torch.zeros_like(results[0])
+        of_hidden = torch.zeros_like(head.hidden, dtype=head.exact) if "hidden" in asked else None
+        for tile, g in logit_gradients(head, tiles, results, given, kept):
             if "head" in asked:
-                of_weight += linear_grad_norms(rows, g, segments, method, bias=bias is not None, impl=impl)
+                of_head += linear_grad_norms(head.hidden, g, segments, method, bias=bias is not None, impl=impl)
             if "head_per_token" in asked:
-                of_token[tile.rows] += torch.linalg.vector_norm(g, dim=-1, dtype=head.exact).square()
-            if "hidden" in asked:
+                of_tokens[tile.rows] += squared_norms(g, head.exact)
+            if of_hidden is not None:
                 add_product(of_hidden[tile.rows], g, head.weight_of(tile))
-        for name, partial in (("head", of_weight), ("head_per_token", of_token), ("hidden", of_hidden)):
-            if options.group is not None and name in asked:
+        if options.group is not None:
+            for partial in (of_head, of_tokens, *([] if of_hidden is None else [of_hidden])):
                 dist.all_reduce(partial, group=options.group)
-        sizes = torch.linalg.vector_norm(head.hidden, dim=-1, dtype=head.exact).square() + (bias is not None)
-        norms = {
-            "head": of_weight,
-            "head_per_token": segment_sums(of_token * sizes, segments),
-            "hidden": segment_sums(of_hidden.square().sum(-1), segments),
-        }
-    return HeadGradNorms(*cast("list[Tensor]", [norms[name] if name in asked else None for name in norms]))
+        norms = {"head": of_head}
+        if "head_per_token" in asked:
+            sizes = squared_norms(head.hidden, head.exact) + (bias is not None)
+            norms["head_per_token"] = segment_sums(of_tokens * sizes, segments)
+        if of_hidden is not None:
+            norms["hidden"] = segment_sums(squared_norms(of_hidden, head.exact), segments)
+    return HeadGradNorms(
+        *cast("list[Tensor]", [norms[name] if name in asked else None for name in HeadGradNorms._fields])
+    )
+
+
+def squared_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the rows, without a copy in another dtype."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    return norms.square()
 
 
 def head_grad_norms_reference(

@@ -49,7 +49,7 @@ def linear_logprob_stats(
     products is. Weight gradients are rounded once, gradients of hidden states are summed in float32.
 
     ``torch.autocast`` is followed: products in its dtype, gradients in those of the tensors. Under ``torch.compile``
-    the graph is broken around the op. Differentiable once, in reverse mode; not by ``torch.func``.
+    the graph is broken around the op. Differentiable once, in reverse mode; not by ``torch.func`` or in batches.
 
     With a ``process_group`` every rank has a slice of the vocabulary (its rows of ``weight`` and ``bias``), the same
     hidden states and the same labels. Statistics are joined by one collective of eight numbers per token and rank,
@@ -57,20 +57,21 @@ def linear_logprob_stats(
     rank must call backward.
 
     Args:
-        hidden: ``[..., d]``, any floating dtype.
+        hidden: ``[..., d]``, float64, float32, bfloat16 or float16. What ``reshape(-1, d)`` has to copy is copied.
         weight: ``[V, d]``, of the dtype of ``hidden``, or any under autocast.
         labels: ``[...]`` integers in ``[0, V)``, or ``ignore_index``. Tokens that are left out are multiplied like the
             others: where they are many, pass ``hidden[mask]``.
         temperature: positive divisor of the logits: a number, or a tensor, ``[]`` or ``[...]``, without gradient.
-        bias: ``[V]``.
+        bias: ``[V]``, any of those dtypes.
         softcap: ``c``, positive (Gemma 2); None for no cap.
         scale: ``s``, positive (Cohere's ``logit_scale``; ``1 / logits_scaling`` of Granite).
-        ignore_index: label of the tokens to leave out: all outputs and gradients 0.
+        ignore_index: label of the tokens to leave out: all outputs and gradients 0 (but NaN times 0 is NaN in the
+            gradient of the weights, if their hidden states are not finite).
         outputs: names of the statistics to compute; the others are ``None``.
-        slab_bytes: the most that logits, and copies of them, may take at any time, and what is kept until the backward
-            pass: at least a row of 1024 columns is taken. By default 1 GiB on a GPU and 64 MiB elsewhere. Further
-            memory is that of the results, and in the backward pass the gradients, a float32 copy of that of
-            the hidden states and, in products of low precision on a CPU, float32 copies of 1024 columns.
+        slab_bytes: the most that logits, and copies of them and of weights in another dtype, may take at any time, and
+            what is kept until the backward pass: at least a row of 1024 columns is taken. By default 1 GiB on a GPU
+            and 64 MiB elsewhere. Further memory: results; in the backward pass gradients, and those of hidden states
+            in float32 (twice on a GPU, if they are not); on a CPU buffers of 8 MB, and of 16 MB in low precision.
         logits_dtype: of the slab; by default that of the products, as a model has it (float32 with a softcap).
             ``torch.float32`` spares bfloat16 logits their rounding, by twice the traffic and half the columns.
         process_group: of the ranks that have the other rows of the vocabulary.
@@ -83,10 +84,10 @@ def linear_logprob_stats(
         in `logprob_stats`: so are those whose label is in no slice, or in two.
 
     Raises:
-        TypeError: hidden or weight not floating, labels not integers, dtypes that differ outside of autocast, a
-            ``DTensor``.
+        TypeError: other dtypes than those, hidden and weight of two outside of autocast, labels that are not integers,
+            a ``DTensor``.
         ValueError: shapes or devices that disagree, an empty vocabulary, a temperature, scale or softcap that is not
-            positive and finite, unknown ``outputs`` or ``impl``, ``slab_bytes`` below 1.
+            positive and finite, unknown ``outputs`` or ``impl``, ``slab_bytes`` below 1, a group without this rank.
 
     Example:
         >>> hidden, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
@@ -103,7 +104,7 @@ def linear_logprob_stats(
     )  # fmt: skip
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     found = _apply(hidden, weight, bias, labels, divisor, options, "entropy" in asked, squares, keep)
-    values = [found[i] if name in asked else None for i, name in enumerate(LogprobStats._fields)]
+    values = [found[i].view(labels.shape) if name in asked else None for i, name in enumerate(LogprobStats._fields)]
     return LogprobStats(*cast("list[Tensor]", values))
 
 
@@ -188,24 +189,23 @@ class _Statistics(torch.autograd.Function):
         with exactly(hidden.device):
             head = Head.of(hidden, weight, bias, labels, divisor, options)
             results, kept = statistics(head, head.tiles(), entropy, squares)
-        results = tuple(result.view(labels.shape) for result in results)
         if keep:
             ctx.set_materialize_grads(False)
-            ctx.options, ctx.tile = options, kept and kept.tile
+            ctx.options, ctx.ready = options, True
             ctx.save_for_backward(hidden, weight, bias, labels, divisor, kept and kept.buffer, *results)
         return results[:4]
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, divisor, buffer, *results = ctx.saved_tensors
-        # The gradient is written over the logits, which a second backward pass has to multiply again. `data` because
+        # The gradient is written over the logits, so a second backward pass has to multiply them again. `data` because
         # autograd would refuse that pass; it cannot know that nobody reads the slab again.
-        kept, ctx.tile = Kept(buffer.data, ctx.tile) if ctx.tile is not None else None, None
+        kept, ctx.ready = None if buffer is None else Kept(buffer.data, ctx.ready), False
         with exactly(hidden.device):
             head = Head.of(hidden, weight, bias, labels, divisor, ctx.options)
-            known, of_rows = [x.reshape(-1) for x in results], [None if g is None else g.reshape(-1) for g in given]
-            found = gradients(head, head.tiles(), known, of_rows, kept, ctx.needs_input_grad[:3])
-        of_inputs = [None if g is None else g.view(x.shape) for g, x in zip(found, (hidden, weight, bias), strict=True)]
+            found = gradients(head, head.tiles(), results, given, kept, ctx.needs_input_grad[:3])
+            of_hidden = None if found.hidden is None else found.hidden.view(hidden.shape).to(hidden.dtype)
+        of_inputs = [of_hidden, found.weight, found.bias]
         if torch.is_grad_enabled():  # create_graph=True
             of_inputs = [None if g is None else _Once.apply(g, hidden, weight, bias, *given) for g in of_inputs]  # type: ignore[no-untyped-call]
         return *of_inputs, None, None, None, None, None, None

@@ -19,7 +19,7 @@ from snr_optim.kernels.logprob_stats import LogprobStats
 from snr_optim.per_sample.hooks import unobserved
 
 IGNORE_INDEX = -100
-PROBES = (1.0, 40.0)  # in place of logits, to see what the model makes of them
+PROBES = (-40.0, -1.0, 1.0, 40.0)  # in place of logits, to see what the model makes of them
 
 
 def model_logprob_stats(
@@ -42,9 +42,11 @@ def model_logprob_stats(
     The model is called as ever, with its head replaced for this one call: hidden states of tokens that are to be
     predicted, and only those, go to `linear_logprob_stats` with the head's weights. Tied and untied heads, biases,
     ``final_logit_softcapping`` (Gemma), ``logit_scale`` (Cohere), ``logits_scaling`` (Granite) and
-    ``lm_head_multiplier`` (Falcon-H1) are those of the model. What else a model does to its logits is noticed, by
-    what it makes of two numbers in their place, and refused. What a model adds to its loss (a router's, for one) is not
-    in the result.
+    ``lm_head_multiplier`` (Falcon-H1) are those of the model, and so is ``unpadded_vocab_size``. What else a model does
+    to its logits, each by itself, is noticed by what it makes of four numbers in their place, and refused; what it does
+    to some words only cannot be seen. What a model adds to its loss (a router's, for one) is not in the result.
+
+    While it runs, no other thread may call the model. Checkpoint layers, or this call, but not the model within it.
 
     **Labels are not shifted**, as in Hugging Face's ``model(input_ids, labels=labels)``: position ``t`` of the result
     is about the token ``labels[:, t]``, given the tokens before ``t``.
@@ -68,9 +70,10 @@ def model_logprob_stats(
         TypeError: a head that is no plain `nn.Linear` (LoRA on the head, quantised or sharded heads), labels that are
             not integers.
         ValueError: shapes that disagree, and what `linear_logprob_stats` raises.
-        RuntimeError: a model that is compiled as a whole, that does not call its head, or that changes its logits in
-            other ways than those above. In a block of `PerSampleGradNorms` that measures the head, its backward pass:
-            leave the head out by ``parameters=``, and add `head_grad_norms`.
+        RuntimeError: a model that is compiled as a whole, that does not call its head once, that changes its logits in
+            other ways than those above, or that has another number of words than its config says. In a block of
+            `PerSampleGradNorms` that measures the head, its backward pass: leave the head out by ``parameters=``, and
+            add `head_grad_norms`.
 
     Example:
         >>> class Tiny(nn.Module):  # stands in for transformers' AutoModelForCausalLM
@@ -92,27 +95,32 @@ def model_logprob_stats(
     if isinstance(temperature, Tensor) and temperature.dim() and temperature.shape != labels.shape:
         raise ValueError(f"temperature: expected a number or {list(labels.shape)}, got {list(temperature.shape)}")
     language_model = unwrapped(model)
-    head, scaling = output_head(language_model), Scaling.of(language_model)
+    head, config = output_head(language_model), text_config(language_model)
+    words, scaling = vocabulary(head, config), Scaling.of(config)
     options: dict[str, Any] = {
         "outputs": outputs, "slab_bytes": slab_bytes, "logits_dtype": logits_dtype, "impl": impl, **scaling._asdict()
     }  # fmt: skip
     predicted = torch.cat([torch.zeros_like(labels[:, :1], dtype=torch.bool), labels[:, 1:] != IGNORE_INDEX], dim=1)
     found: list[Tensor] | None = None
+    made_in = torch.float32
 
-    def statistics(hidden: Tensor) -> Tensor:
+    def statistics(input: Tensor) -> Tensor:
         """In place of the head's forward: statistics to ``found``, and something to go on with to the model."""
+        nonlocal found, made_in
+        hidden, made_in = input, input.dtype
+        if found is not None:
+            raise RuntimeError(f"model: {type(language_model).__name__} calls its output head more than once")
         if hidden.shape[:-1] != labels.shape:
             raise ValueError(
                 f"model: expected its head to see [B, T, d], {[*labels.shape, 'd']}, got {list(hidden.shape)}"
             )
-        nonlocal found
         where, device = predicted.to(hidden.device), hidden.device
         stats = linear_logprob_stats(
             hidden[where.roll(-1, 1)],  # the states before; the first column, False, comes last
-            head.weight,
+            head.weight[:words],
             labels.to(device)[where],
             temperature.to(device)[where] if isinstance(temperature, Tensor) and temperature.dim() else temperature,
-            head.bias,
+            None if head.bias is None else head.bias[:words],
             **options,
         )
         found = [x.new_zeros(labels.shape).masked_scatter(where, x) for x in stats if x is not None]
@@ -124,7 +132,7 @@ def model_logprob_stats(
     if found is None:
         raise RuntimeError(f"model: {type(language_model).__name__} returned without a call of its output head")
     logits = returned.logits if hasattr(returned, "logits") else returned[0]
-    scaling.expect(logits, labels)
+    scaling.expect(logits, labels, made_in)
     values = iter(_Joined.apply(logits, *found))  # type: ignore[no-untyped-call]
     asked = [next(values) if name in outputs else None for name in LogprobStats._fields]  # in this order
     return LogprobStats(*cast("list[Tensor]", asked))
@@ -137,21 +145,19 @@ class Scaling(NamedTuple):
     scale: float
 
     @staticmethod
-    def of(model: nn.Module) -> Scaling:
+    def of(config: Any) -> Scaling:
         """By the names that Hugging Face's models have for it in their configurations."""
-        config: Any = getattr(model, "config", None)
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        softcap, *factors = (
-            getattr(config, name, None)
-            for name in ("final_logit_softcapping", "logit_scale", "lm_head_multiplier", "logits_scaling")
-        )
+        names = ("final_logit_softcapping", "logit_scale", "lm_head_multiplier", "logits_scaling")
+        softcap, *factors = (getattr(config, name, None) for name in names)
+        for name, factor in zip(names, (softcap, *factors), strict=True):
+            if factor is not None and not isinstance(factor, (int, float)):
+                raise RuntimeError(f"model: expected config.{name} to be a number, got {factor!r}")
         scale, multiplier, divisor = (1.0 if factor is None else float(factor) for factor in factors)
         return Scaling(softcap, scale * multiplier / divisor)
 
-    def expect(self, logits: Tensor, labels: Tensor) -> None:
-        """Raise a RuntimeError unless the model made of the `PROBES` what it should."""
-        expected = self.scale * torch.tensor(PROBES)
+    def expect(self, logits: Tensor, labels: Tensor, made_in: torch.dtype) -> None:
+        """Raise a RuntimeError unless the model made of the `PROBES`, in this dtype, what it should."""
+        expected = self.scale * torch.tensor(PROBES, dtype=torch.float64, device="cpu")
         if self.softcap is not None:
             expected = self.softcap * torch.tanh(expected / self.softcap)
         shape = (*labels.shape, len(PROBES))
@@ -159,20 +165,35 @@ class Scaling(NamedTuple):
             raise RuntimeError(
                 f"model: expected it to return what its head does, {list(shape)}, got {list(logits.shape)}"
             )
-        if labels.numel() and not torch.allclose(logits[0, -1].detach().cpu().float(), expected, rtol=2e-2):  # bfloat16
-            got = [round(x, 4) for x in logits[0, -1].tolist()]
+        if not labels.numel():
+            return
+        got, tolerance = logits[0, -1].detach().cpu().double(), max(1e-6, 2 * torch.finfo(made_in).eps)
+        if not torch.allclose(got, expected, rtol=tolerance, atol=0.0):
+            wanted, found = ([round(x, 4) for x in values.tolist()] for values in (expected, got))
             raise RuntimeError(
-                f"model: expected {[round(x, 4) for x in expected.tolist()]} for logits of {list(PROBES)} (softcap "
-                f"{self.softcap}, scale {self.scale:g}, by its config), got {got}: it does something else to its logits"
+                f"model: expected {wanted} for logits of {list(PROBES)} (softcap {self.softcap}, scale {self.scale:g}, "
+                f"by its config), got {found}: it does something else to its logits"
             )
+
+
+def text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def vocabulary(head: nn.Linear, config: Any) -> int:
+    """How many rows of the head are words: all, or as many as are not padding."""
+    words = getattr(config, "unpadded_vocab_size", None) or head.out_features
+    known = getattr(config, "vocab_size", None)
+    if words > head.out_features or known not in (None, words, head.out_features):
+        raise RuntimeError(f"model: its head has {head.out_features} words, its config {known or words}")
+    return int(words)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The language model within DDP and its kind."""
     inner = model
-    while not hasattr(inner, "get_output_embeddings") and isinstance(
-        within := getattr(inner, "module", None), nn.Module
-    ):
+    while isinstance(within := getattr(inner, "module", None), nn.Module):
         inner = within
     for each in (model, inner):
         if hasattr(each, "_orig_mod") or getattr(each, "_compiled_call_impl", None) is not None:
@@ -188,7 +209,12 @@ def output_head(model: nn.Module) -> nn.Linear:
     head = None if find is None else find()
     if head is None:
         raise TypeError(f"model: expected a causal LM with get_output_embeddings(), got {type(model).__name__}")
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+    if "forward" in vars(head):
+        raise TypeError(
+            "model: expected an output head with its own forward, but that is replaced: by accelerate's dispatch hooks "
+            "(remove_hook_from_module), or by another call of this function that still runs"
+        )
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         kind = f"{type(head).__module__}.{type(head).__qualname__}"
         raise TypeError(f"model: expected an output head that is a plain torch.nn.Linear, got {kind}")
     return head
@@ -226,9 +252,10 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(output)
-        return tuple(x.view_as(x) for x in statistics)
+        ctx.set_materialize_grads(False)
+        return tuple(x.clone() for x in statistics)  # no views, which could not be changed in place
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         [output] = ctx.saved_tensors
-        return torch.zeros_like(output), *gradients
+        return torch.zeros_like(output), *gradients  # zeros: hooks on the output are called with a gradient only

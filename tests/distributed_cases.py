@@ -421,7 +421,7 @@ def vocabulary_parallel():
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
     # Slices that overlap, and a gap: not one vocabulary, and no answer
     shard = weight[600 * rank : 600 * rank + 600]
-    for first_label in (0, 700 * rank):
+    for first_label in (0, 700 * rank, 600 * rank + 1):
         got = linear_logprob_stats(hidden, shard, labels, process_group=group, first_label=first_label)
         assert got.log_prob[labels != -100].isnan().all()
 
@@ -450,7 +450,10 @@ def causal_lm():
 
     for name in ("qwen3", "qwen3-untied", "gemma2"):
         expected = steps(language_model(name).double(), batches.flatten(1, 2))
-        wrapped = [DistributedDataParallel(language_model(name).double())]
+        wrapped = [
+            DistributedDataParallel(language_model(name).double(), find_unused_parameters=find)
+            for find in (False, True)
+        ]
         wrapped += [shard(language_model(name).double()), shard(language_model(name).double(), blocks=False)]
         if name == "qwen3-untied":
             wrapped.append(shard(language_model(name).double(), head=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from language_models import CONFIGS, SCALED, SHAPE, VOCABULARY, language_model, packed, padded_batch
@@ -173,11 +175,13 @@ def test_norms_of_the_body_and_of_the_head_add_up():
 
 # ------------------------------------------------------------------------------------------------------ what is refused
 class Toy(nn.Module):
-    """A language model that does ``change`` to its logits."""
+    """A language model that does ``change`` to its logits, with what its config may say of it."""
 
-    def __init__(self, change):
+    def __init__(self, change=lambda head, h: head(h), **config):
         super().__init__()
         self.embed, self.lm_head, self.change = nn.Embedding(VOCABULARY, 4), nn.Linear(4, VOCABULARY), change
+        text = SimpleNamespace(**config)
+        self.config = SimpleNamespace(get_text_config=lambda: text)  # as of models that see, too
 
     def get_output_embeddings(self):
         return self.lm_head
@@ -186,21 +190,80 @@ class Toy(nn.Module):
         return (self.change(self.lm_head, self.embed(input_ids)),)
 
 
+IDS = torch.arange(10).view(2, 5)
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
         (lambda head, h: 2 * head(h), "for logits of .*something else"),
+        (lambda head, h: 1.01 * head(h), "something else"),
         (lambda head, h: head(h).tanh(), "something else"),
+        (lambda head, h: head(h).clamp_min(0), "something else"),
         (lambda head, h: head(h)[..., :1], "expected it to return what its head does"),
         (lambda head, h: h @ head.weight.t(), "without a call of its output head"),
+        (lambda head, h: (head(h), head(2 * h))[0], "more than once"),
     ],
 )
 def test_other_changes_of_the_logits_are_noticed(change, names):
-    ids = torch.randint(VOCABULARY, (2, 5))
-    same = model_logprob_stats(Toy(lambda head, h: head(h)), ids, ids)
-    assert same.log_prob[:, 1:].isfinite().all()
+    assert model_logprob_stats(Toy(), IDS, IDS).log_prob[:, 1:].isfinite().all()
     with pytest.raises(RuntimeError, match=names):
-        model_logprob_stats(Toy(change), ids, ids)
+        model_logprob_stats(Toy(change), IDS, IDS)
+
+
+@pytest.mark.parametrize(
+    ("change", "config"),
+    [
+        (lambda head, h: 2 * head(input=h), {"lm_head_multiplier": 2.0}),
+        (lambda head, h: 3 * torch.tanh(head(h) / 3), {"final_logit_softcapping": 3.0}),
+        (lambda head, h: head(h)[..., :17], {"unpadded_vocab_size": 17, "vocab_size": VOCABULARY}),
+    ],
+)
+def test_changes_that_the_config_tells_are_made(change, config):
+    model = Toy(change, **config)
+    got = model_logprob_stats(model, IDS, IDS)
+    true = logprob_stats(model(IDS, use_cache=False)[0][:, :-1], IDS[:, 1:])
+    for a, b in zip(got, true, strict=True):
+        torch.testing.assert_close(a[:, 1:], b)
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"vocab_size": 17}, f"its head has {VOCABULARY} words, its config 17"),
+        ({"logit_scale": "inv_sqrt_d_model"}, "config.logit_scale to be a number"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(config, names):
+    with pytest.raises(RuntimeError, match=names):
+        model_logprob_stats(Toy(**config), IDS, IDS)
+
+
+def test_under_another_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert model_logprob_stats(Toy(), IDS, IDS).log_prob.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_wrapper_with_a_config_of_its_own():
+    wrapper = nn.Module()
+    wrapper.module, wrapper.config = language_model("gemma2"), SimpleNamespace(vocab_size=1)
+    wrapper.forward = wrapper.module.forward
+    wrapper.get_output_embeddings = wrapper.module.get_output_embeddings
+    batch, labels = batch_and_labels()
+    got = model_logprob_stats(wrapper, labels=labels, **batch).log_prob
+    assert torch.equal(got, model_logprob_stats(wrapper.module, labels=labels, **batch).log_prob)
+
+
+def test_results_can_be_changed_in_place():
+    batch, labels = batch_and_labels()
+    log_prob = model_logprob_stats(language_model("qwen3"), labels=labels, **batch).log_prob
+    log_prob[labels == -100] = 1.0
+    log_prob.sum().backward()
+    with torch.no_grad():
+        model_logprob_stats(language_model("qwen3"), labels=labels, **batch).log_prob.add_(torch.ones(1))
 
 
 def test_a_head_that_sees_fewer_states_is_named():
@@ -220,6 +283,10 @@ def test_what_has_no_plain_head_is_refused():
         model_logprob_stats(nn.Linear(2, 2), ids, ids)
     with pytest.raises(RuntimeError, match="compiled as a whole"):
         model_logprob_stats(torch.compile(language_model("qwen3")), ids, ids)
+    patched = language_model("qwen3")
+    patched.lm_head.forward = patched.lm_head.forward
+    with pytest.raises(TypeError, match="its own forward, but that is replaced"):
+        model_logprob_stats(patched, ids, ids)
     in_place = language_model("qwen3")
     in_place.compile()
     with pytest.raises(RuntimeError, match="compiled as a whole"):
