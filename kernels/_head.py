@@ -209,8 +209,10 @@ def prepare(
             raise ValueError(f"{name}: expected a positive finite number, got {number!r}")
     if slab_bytes is None:
         slab_bytes = 2**30 if hidden.is_cuda else 2**26
-    if slab_bytes < 1:
-        raise ValueError(f"slab_bytes: expected a positive number, got {slab_bytes!r}")
+    if not isinstance(slab_bytes, int) or slab_bytes < 1:
+        raise ValueError(f"slab_bytes: expected a positive integer, got {slab_bytes!r}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
     product_dtype, exact = _product_dtype(hidden, weight), exact_dtype(hidden, weight)
     if logits_dtype is None:
         logits_dtype = exact if softcap else product_dtype

@@ -69,7 +69,7 @@ def head_grad_norms(
     ``sum_s c_s log pi_s`` multiply by ``c_s^2``. For a tied head, ``head`` is the norm of the head's part alone.
 
     Args:
-        hidden: ``[N, d]``, the tokens of all sequences one after another.
+        hidden: ``[N, d]``, the tokens of all sequences one after another; ``hidden[t]`` must predict ``labels[t]``.
         weight: as for `linear_logprob_stats`, like all that is not named here.
         labels: ``[N]``.
         cu_seqlens: ``[S + 1]`` integers, ``0`` and the end of each sequence; sequences may be empty.

@@ -43,18 +43,22 @@ def linear_logprob_stats(
     .. math::
         x = s\,(h W^\top + b), \quad x \leftarrow c \tanh(x / c), \quad p = \mathrm{softmax}(x / T)
 
+    As for `logprob_stats`, ``hidden[..., t, :]`` must predict ``labels[..., t]``: shift one of them.
+
     Logits exist a slab at a time: a slice of the vocabulary for all tokens, multiplied by torch, reduced by
     `logprob_stats` and joined with what the other slices said. The backward pass multiplies again, but for the last
-    slab, which is kept: with a slab as large as the logits nothing is computed twice, with a small one a quarter of all
-    products is. Weight gradients are rounded once, gradients of hidden states are summed in float32.
+    slab, which is kept: with a slab as large as the logits nothing is computed twice, with a small one a third more
+    than with whole logits, and with less than some 1 KiB per token thin products are slow besides. Weight gradients
+    are rounded once, gradients of hidden states are summed in float32.
 
     ``torch.autocast`` is followed: products in its dtype, gradients in those of the tensors. Under ``torch.compile``
-    the graph is broken around the op. Differentiable once, in reverse mode; not by ``torch.func`` or in batches.
+    the graph is broken around the op (no ``fullgraph=True``). Differentiable once, in reverse mode; not by
+    ``torch.func`` or in batches.
 
     With a ``process_group`` every rank has a slice of the vocabulary (its rows of ``weight`` and ``bias``), the same
-    hidden states and the same labels. Statistics are joined by one collective of eight numbers per token and rank,
-    gradients of hidden states are summed over the ranks, and both are then the same on all of them; every
-    rank must call backward.
+    hidden states and the same labels; without one, a slice is taken for the whole vocabulary. Statistics are joined by
+    one collective of eight numbers per token and rank, gradients of hidden states are summed over the ranks, and both
+    are then the same on all of them; every rank must call backward.
 
     Args:
         hidden: ``[..., d]``, float64, float32, bfloat16 or float16. What ``reshape(-1, d)`` has to copy is copied.
@@ -97,6 +101,10 @@ def linear_logprob_stats(
     """
     asked = expect_names("outputs", outputs, LogprobStats._fields)
     squares = "sum_p_squared" in asked or "grad_norm_squared" in asked
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in (hidden, weight)):
+        raise RuntimeError(
+            "torch.func: not seen through; use linear_logprob_stats_reference, or logprob_stats of logits"
+        )
     divisor, options = prepare(
         hidden, weight, labels, temperature, bias, softcap=softcap, scale=scale, ignore_index=ignore_index,
         slab_bytes=slab_bytes, logits_dtype=logits_dtype, process_group=process_group, first_label=first_label,
@@ -227,4 +235,8 @@ class _Once(torch.autograd.Function):
 
 @_disable_dynamo  # torch.compiler.disable would import the compiler here
 def _apply(*arguments: Any) -> Sequence[Tensor]:
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in arguments[:2]):
+        raise RuntimeError(
+            "torch.func: not seen through; use linear_logprob_stats_reference, or logprob_stats of logits"
+        )
     return cast("Sequence[Tensor]", _Statistics.apply(*arguments))  # type: ignore[no-untyped-call]

@@ -79,7 +79,7 @@ def logprob_stats(
         positive and finite. (Nothing is raised for those, as it would take waiting for the GPU.)
 
     Raises:
-        TypeError: logits not floating, labels not integers.
+        TypeError: logits or temperature not floating, labels not integers.
         ValueError: shapes or devices that disagree, an empty vocabulary, a temperature that is a number but not
             positive and finite or that wants a gradient, unknown ``outputs`` or ``impl``, ``impl="triton"`` where
             it cannot run.
@@ -114,8 +114,10 @@ def temperature_tensor(temperature: float | Tensor, labels: Tensor, dtype: torch
     if not isinstance(temperature, Tensor):
         limits = torch.finfo(dtype)
         if not limits.tiny <= temperature <= limits.max:
-            raise ValueError(f"temperature: expected a positive finite number of {dtype}, got {temperature!r}")
+            raise ValueError(f"temperature: expected a positive number that {dtype} holds, got {temperature!r}")
         return torch.full((), temperature, dtype=dtype, device=labels.device)
+    if not temperature.is_floating_point():
+        raise TypeError(f"temperature: expected a number or a floating tensor, got {temperature.dtype}")
     if temperature.dim() and temperature.shape != labels.shape:
         expected = f"a number or the shape of labels, {list(labels.shape)}"
         raise ValueError(f"temperature: expected {expected}, got {list(temperature.shape)}")

@@ -26,8 +26,8 @@ def model_logprob_stats(
     model: nn.Module,
     input_ids: Tensor,
     labels: Tensor,
-    temperature: float | Tensor = 1.0,
     *,
+    temperature: float | Tensor = 1.0,
     outputs: Collection[str] = LogprobStats._fields,
     slab_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -49,13 +49,13 @@ def model_logprob_stats(
     While it runs, no other thread may call the model. Checkpoint layers, or this call, but not the model within it.
 
     **Labels are not shifted**, as in Hugging Face's ``model(input_ids, labels=labels)``: position ``t`` of the result
-    is about the token ``labels[:, t]``, given the tokens before ``t``.
+    is about the token ``input_ids[:, t]``, given the tokens before ``t``.
 
     Args:
         model: a causal LM, with ``get_output_embeddings()``, or what wraps one.
-        input_ids: ``[B, T]``.
-        labels: ``[B, T]`` integers: ``input_ids``, with -100 where nothing is to be said (prompt, padding, and the
-            first token of every sequence if several are packed in a row). The first of a row is never predicted.
+        input_ids: ``[B, T]`` integers.
+        labels: ``input_ids``, with -100 where nothing is to be said: prompt, padding, and the first token of every
+            sequence if several are packed in a row. The first of a row is never predicted.
         temperature: a number, or ``[B, T]`` like the labels.
         outputs: names of the statistics to compute; the others are ``None``.
         slab_bytes: of `linear_logprob_stats`, as are the following.
@@ -67,9 +67,10 @@ def model_logprob_stats(
         ``[B, T]`` each, like `linear_logprob_stats`: 0 where the label is -100, and in the first column.
 
     Raises:
-        TypeError: a head that is no plain `nn.Linear` (LoRA on the head, quantised or sharded heads), labels that are
-            not integers.
-        ValueError: shapes that disagree, and what `linear_logprob_stats` raises.
+        TypeError: a head that is no plain `nn.Linear` (adapted, saved apart by peft, quantised or sharded heads), ids
+            or labels that are not integer tensors.
+        ValueError: shapes that disagree, labels that are neither ``input_ids`` nor -100, and what
+            `linear_logprob_stats` raises.
         RuntimeError: a model that is compiled as a whole, that does not call its head once, that changes its logits in
             other ways than those above, or that has another number of words than its config says. In a block of
             `PerSampleGradNorms` that measures the head, its backward pass: leave the head out by ``parameters=``, and
@@ -89,9 +90,7 @@ def model_logprob_stats(
         >>> model_logprob_stats(Tiny(), ids, ids).log_prob.detach()
         tensor([[ 0.0000, -0.7437, -1.7437]])
     """
-    expect_integers("labels", labels)
-    if labels.dim() != 2 or labels.shape != input_ids.shape:
-        raise ValueError(f"labels: expected [B, T] like input_ids, {list(input_ids.shape)}, got {list(labels.shape)}")
+    _expect_ids(input_ids, labels)
     if isinstance(temperature, Tensor) and temperature.dim() and temperature.shape != labels.shape:
         raise ValueError(f"temperature: expected a number or {list(labels.shape)}, got {list(temperature.shape)}")
     language_model = unwrapped(model)
@@ -112,7 +111,8 @@ def model_logprob_stats(
             raise RuntimeError(f"model: {type(language_model).__name__} calls its output head more than once")
         if hidden.shape[:-1] != labels.shape:
             raise ValueError(
-                f"model: expected its head to see [B, T, d], {[*labels.shape, 'd']}, got {list(hidden.shape)}"
+                f"model: expected its head to be given all of [B, T] = {list(labels.shape)}, got {list(hidden.shape)}; "
+                "leave out logits_to_keep"
             )
         where, device = predicted.to(hidden.device), hidden.device
         stats = linear_logprob_stats(
@@ -136,6 +136,19 @@ def model_logprob_stats(
     values = iter(_Joined.apply(logits, *found))  # type: ignore[no-untyped-call]
     asked = [next(values) if name in outputs else None for name in LogprobStats._fields]  # in this order
     return LogprobStats(*cast("list[Tensor]", asked))
+
+
+def _expect_ids(input_ids: Tensor, labels: Tensor) -> None:
+    for name, x in (("input_ids", input_ids), ("labels", labels)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected an integer tensor, got {type(x).__name__}")
+        expect_integers(name, x)
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: expected [B, T], got {list(input_ids.shape)}")
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"labels: expected [B, T] like input_ids, {list(input_ids.shape)}, got {list(labels.shape)}")
+    if not torch.where(labels == IGNORE_INDEX, True, labels == input_ids.to(labels.device)).all():
+        raise ValueError("labels: expected input_ids, not shifted, with -100 where nothing is to be said")
 
 
 class Scaling(NamedTuple):
@@ -172,7 +185,8 @@ class Scaling(NamedTuple):
             wanted, found = ([round(x, 4) for x in values.tolist()] for values in (expected, got))
             raise RuntimeError(
                 f"model: expected {wanted} for logits of {list(PROBES)} (softcap {self.softcap}, scale {self.scale:g}, "
-                f"by its config), got {found}: it does something else to its logits"
+                f"by its config), got {found}: it does something else to its logits; "
+                "linear_logprob_stats takes softcap= and scale="
             )
 
 
@@ -216,7 +230,10 @@ def output_head(model: nn.Module) -> nn.Linear:
         )
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         kind = f"{type(head).__module__}.{type(head).__qualname__}"
-        raise TypeError(f"model: expected an output head that is a plain torch.nn.Linear, got {kind}")
+        raise TypeError(
+            f"model: expected an output head that is a plain torch.nn.Linear, got {kind}; leave the head out of "
+            "what is adapted, or give its merged weight to linear_logprob_stats"
+        )
     return head
 
 

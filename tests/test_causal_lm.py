@@ -268,7 +268,7 @@ def test_results_can_be_changed_in_place():
 
 def test_a_head_that_sees_fewer_states_is_named():
     ids = torch.randint(VOCABULARY, (2, 5))
-    with pytest.raises(ValueError, match="expected its head to see"):
+    with pytest.raises(ValueError, match="leave out logits_to_keep"):
         model_logprob_stats(language_model("qwen3"), ids, ids, logits_to_keep=2)
 
 
@@ -298,6 +298,11 @@ def test_what_has_no_plain_head_is_refused():
     [
         ({"labels": torch.zeros(2, 5)}, TypeError, "labels: expected integers"),
         ({"labels": torch.zeros(10, dtype=torch.long)}, ValueError, r"labels: expected \[B, T\]"),
+        ({"labels": None}, TypeError, "labels: expected an integer tensor, got NoneType"),
+        ({"input_ids": None}, TypeError, "input_ids: expected an integer tensor"),
+        ({"input_ids": torch.zeros(5, dtype=torch.long)}, ValueError, r"input_ids: expected \[B, T\], got \[5\]"),
+        ({"labels": torch.full((2, 5), -1)}, ValueError, "labels: expected input_ids, not shifted"),
+        ({"temperature": torch.ones(2, 5, dtype=torch.long)}, TypeError, "temperature: expected .* floating"),
         ({"temperature": torch.ones(5)}, ValueError, "temperature: expected a number or"),
         ({"temperature": -1.0}, ValueError, "temperature: expected a positive"),
     ],

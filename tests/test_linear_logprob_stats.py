@@ -532,6 +532,9 @@ def test_cost_counts_products():
         ({"scale": -1.0}, ValueError, "scale: expected a positive"),
         ({"scale": math.nan}, ValueError, "scale: expected a positive"),
         ({"slab_bytes": 0}, ValueError, "slab_bytes: expected a positive"),
+        ({"slab_bytes": 1e6}, ValueError, "slab_bytes: expected a positive integer"),
+        ({"ignore_index": None}, TypeError, "ignore_index: expected an integer"),
+        ({"temperature": torch.ones(2, dtype=torch.long)}, TypeError, "temperature: expected .* floating"),
         ({"logits_dtype": torch.float16}, ValueError, "logits_dtype: expected torch.float32"),
         ({"outputs": "entropy"}, ValueError, "outputs: expected a list"),
         ({"outputs": ["logits"]}, ValueError, "outputs: expected some of"),
@@ -555,6 +558,12 @@ def test_differentiated_twice_it_says_so():
     [gradient] = torch.autograd.grad(stats.log_prob.sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="linear_logprob_stats: differentiable once"):
         gradient.sum().backward()
+
+
+def test_torch_func_is_refused():
+    hidden, weight, _, labels = random_head(3, 4, 50)
+    with pytest.raises(RuntimeError, match="use linear_logprob_stats_reference"):
+        torch.func.grad(lambda h: linear_logprob_stats(h, weight, labels).log_prob.sum())(hidden)
 
 
 def test_as_a_layer_of_a_trained_model():

@@ -88,5 +88,6 @@ class Block:
             if not self.reported[name] or (uses != self.reported[name] and name not in self._opaque):
                 raise RuntimeError(
                     f"{name!r} is used {uses} times in the graph, and {self.reported[name]} times by the layers that "
-                    "own it: also elsewhere, by a functional call or a fused loss, where no hook sees it"
+                    "own it: also elsewhere, by a functional call or a fused loss, where no hook sees it; "
+                    "leave it out by parameters= (and add head_grad_norms, for an untied head)"
                 )
