@@ -58,7 +58,7 @@ DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16"]}
 ROWS = {"cpu": 1024, "cuda": 8192}
 WIDTHS = {"cpu": [1024], "cuda": [2560, 4096]}
 VOCAB = {"cpu": 32_000, "cuda": 151_936}
-SMALL_SLAB = {"cpu": 8 << 20, "cuda": 128 << 20}  # an eighth of the default
+SLABS = {"cpu": (8 << 20, 128 << 20), "cuda": (128 << 20, 4 << 30)}  # an eighth of the default, and all logits
 CHECKED = slice(None, None, 7)  # rows that are compared with float64: of every chunk, confident and not
 
 
@@ -127,8 +127,9 @@ def ours(task: Task, device: torch.device, dtype: torch.dtype) -> list[Implement
 
         return Implementation(f"snr-optim{variant}", task, call)
 
-    small = SMALL_SLAB[device.type]
-    found = [implementation(""), implementation(f", {small >> 20} MiB", slab_bytes=small)]
+    found = [implementation("")]
+    if task in (LOG_PROB, EVERYTHING):
+        found += [implementation(f", {slab >> 20} MiB", slab_bytes=slab) for slab in SLABS[device.type]]
     if dtype.itemsize < 4:
         found.append(implementation(", float32 logits", logits_dtype=torch.float32))
     return found

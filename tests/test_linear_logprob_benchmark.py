@@ -64,7 +64,7 @@ def test_the_command_line_writes_a_row_per_pass_and_says_who_refused(tmp_path, m
     assert "--rows 30" in result["command"]
     *rows, refused = result["rows"]
     assert refused["refused"] == "AssertionError: wants a GPU"
-    assert [row["pass"] for row in rows] == ["forward", "forward+backward"] * 3  # two slabs of ours, and torch
+    assert [row["pass"] for row in rows] == ["forward", "forward+backward"] * 4  # three slabs of ours, and torch
     for row in rows:
         products = 1 if row["pass"] == "forward" else 3
         assert row["flops"] == 2 * 30 * 64 * 500 * products
