@@ -1,0 +1,220 @@
+"""``SNRCallback``: the learning rate from measured gradient noise, in any ``transformers.Trainer``.
+
+Here: the callback, and all that has to be known of the Trainer. What it does to the optimizer is next door, in
+:mod:`snr_optim.integrations.scaled_steps`.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from snr_optim.integrations.scaled_steps import ScaledSteps
+from snr_optim.scheduler import SNRAdaptiveLR
+
+
+class SNRCallback(TrainerCallback, ExportableState):
+    r"""Every optimizer step of a ``Trainer`` at the Trainer's own lr times the signal share of its batch gradient.
+
+    .. math::
+        \eta_t = \eta_{\max,t} \cdot \frac{S}{S + V}
+
+    :class:`SNRAdaptiveLR` (OBLR-PO, arXiv 2511.23310, theorem 4), for trainers that own the loop: ``learning_rate``,
+    warm-up and decay of the ``TrainingArguments`` are the ceiling ``eta_max``. Every backward pass is a sub-batch:
+    ``gradient_accumulation_steps`` x processes of them, measured raw, before clipping. DDP and ``fully_shard``
+    (FSDP2) need nothing more.
+
+    **In the log**, ``learning_rate`` is the lr of the step that was done, and :meth:`SNRAdaptiveLR.metrics` are there
+    as ``snr/factor``, ``snr/snr``, ``snr/ceiling``, ... (``train/snr/factor`` in TensorBoard and W&B; what is not
+    finite, or not known yet, is left out). **Checkpoints** of the Trainer hold the statistics, in
+    ``trainer_state.json``, and ``resume_from_checkpoint`` goes on bit for bit; a checkpoint made without the callback
+    starts them anew.
+
+    Micro-batches count equally, as they should where all have the same number of samples. The last ones of an epoch may
+    not: ``dataloader_drop_last=True`` leaves them out.
+
+    Args:
+        options: those of :class:`SNRAdaptiveLR`: ``smoothing``, ``min_factor``, ``max_factor``, ``metric``, ``adapt``,
+            ``per_group``.
+
+    Attributes:
+        scheduler: the :class:`SNRAdaptiveLR` of the present or last call of ``train()``; None before the first.
+
+    Raises:
+        TypeError: ``schedule=``, or an option that :class:`SNRAdaptiveLR` does not have.
+        ValueError: what :class:`SNRAdaptiveLR` raises.
+
+    When training begins:
+        ``ValueError`` where one backward pass per step in one process leaves nothing to compare; ``RuntimeError`` under
+        DeepSpeed, FSDP1, and whatever else :meth:`SNRAdaptiveLR.attach` refuses.
+
+    Example:
+        >>> from transformers import Trainer
+        >>> callback = SNRCallback(min_factor=0.05)
+        >>> # Trainer(model, args, train_dataset=..., callbacks=[callback]).train()
+        >>> callback.metrics()
+        {}
+    """
+
+    def __init__(self, **options: Any) -> None:
+        if "schedule" in options:
+            raise TypeError(
+                "schedule: the Trainer's own scheduler is the ceiling; choose it by lr_scheduler_type, or "
+                "Trainer(optimizers=(optimizer, scheduler))"
+            )
+        SNRAdaptiveLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), **options)  # refuses bad options now
+        self.options = options
+        self.scheduler: SNRAdaptiveLR | None = None
+        self.statistics: dict[str, Any] | None = None  # set by a Trainer that restores callbacks from a checkpoint
+        self._steps: ScaledSteps | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """:meth:`SNRAdaptiveLR.metrics`, about the last step; empty before training begins."""
+        return {} if self.scheduler is None else self.scheduler.metrics()
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer puts into ``trainer_state.json``."""
+        statistics = None if self.scheduler is None else _to_json(self.scheduler.state_dict())
+        return {"args": dict(self.options), "attributes": {"statistics": statistics}}
+
+    # -- what the Trainer calls -------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Model, optimizer and scheduler are as they will be: attach to them."""
+        self._remove()  # after a train() that failed
+        trainer = _trainer_of(self, state)
+        _refuse_what_cannot_work(trainer, args)
+        name = type(self).__name__
+        callbacks = trainer.callback_handler.callbacks
+        if sum(isinstance(callback, SNRCallback) for callback in callbacks) > 1:
+            raise ValueError(f"callbacks: expected one {name}, the Trainer has several")
+        # Before all others, so that those that write logs find our metrics in them.
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+        self._steps = ScaledSteps(kwargs["optimizer"], trainer.model_wrapped, **self.options)
+        self.scheduler = self._steps.scheduler
+        # The Trainer expects an entry when it saves; a checkpoint made without this callback has none.
+        saved = _saved(state).setdefault(name, self.state())
+        statistics = saved["attributes"]["statistics"]
+        if state.global_step > 0 and statistics is not None:
+            self._steps.load_state_dict(_from_json(statistics))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The step is done, and the Trainer is about to look up the lr that it was done with."""
+        if self._steps is None:
+            return
+        theirs = kwargs["lr_scheduler"]
+        if _is_read_in_optimizer(theirs):
+            self._steps.show()
+        else:
+            theirs._last_lr = self._steps.scheduler.get_last_lr()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """It has looked."""
+        if self._steps is not None:
+            self._steps.hide()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Into the logs of training steps, and the history that the Trainer has just added them to."""
+        if self._steps is None or logs is None or "learning_rate" not in logs:
+            return
+        ours = {f"snr/{name}": value for name, value in self.metrics().items() if math.isfinite(value)}
+        logs.update(ours)
+        state.log_history[-1].update(ours)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the hooks off."""
+        self._remove()
+
+    def _remove(self) -> None:
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
+
+
+def _trainer_of(callback: SNRCallback, state: TrainerState) -> Trainer:
+    """The Trainer whose callback this is.
+
+    It hands callbacks the bare model, without the DistributedDataParallel around it, and no way from there to itself.
+    """
+    trainers: list[Trainer] = [each for each in gc.get_objects() if issubclass(type(each), Trainer)]
+    for trainer in trainers:
+        if getattr(trainer, "state", None) is state:
+            return trainer
+    raise RuntimeError(
+        f"{type(callback).__name__}: called by no transformers Trainer. In a loop of your own, use "
+        "SNRAdaptiveLR(optimizer).attach(model)"
+    )
+
+
+def _saved(state: TrainerState) -> dict[str, Any]:
+    """By the name of a callback's class; declared as a list, which is what it is made of."""
+    saved: Any = state.stateful_callbacks
+    return saved  # type: ignore[no-any-return]
+
+
+def _refuse_what_cannot_work(trainer: Trainer, args: TrainingArguments) -> None:
+    if trainer.is_deepspeed_enabled:
+        raise RuntimeError("deepspeed: it reduces gradients itself, where nothing can be measured; use DDP or FSDP2")
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2:
+        raise RuntimeError("fsdp: FSDP1 flattens parameters; use FSDP2 (fsdp_version 2), which is measured")
+    if isinstance(trainer.lr_scheduler, SNRAdaptiveLR):
+        raise ValueError(
+            "optimizers: their scheduler is an SNRAdaptiveLR already; keep the callback and give the Trainer a plain "
+            "one, or none"
+        )
+    if str(getattr(args.optim, "value", args.optim)) in ("lomo", "adalomo"):
+        raise ValueError(f"optim={args.optim!s}: it steps inside backward(), before the batch is known; use another")
+    if args.gradient_accumulation_steps * args.world_size < 2:
+        raise ValueError(
+            "gradient_accumulation_steps=1 in one process: one backward() per optimizer step says nothing about noise. "
+            f"Set gradient_accumulation_steps to 2 or more (per_device_train_batch_size="
+            f"{args.per_device_train_batch_size} divided by as much keeps the batch), best 4 to 16"
+        )
+
+
+def _is_read_in_optimizer(scheduler: Any) -> bool:
+    """Does the Trainer look for the lr in the optimizer, as it does with schedulers that wait for a metric?"""
+    return isinstance(scheduler, ReduceLROnPlateau) or type(scheduler).__name__ == "GreedyLR"
+
+
+def _to_json(value: Any) -> Any:
+    """Tensors as numbers and the name of their dtype: Python's JSON keeps every bit of a float64."""
+    if isinstance(value, Tensor):
+        return {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
+    if isinstance(value, dict):
+        return {"items": {name: _to_json(each) for name, each in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(each) for each in value]
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict) and "dtype" in value:
+        return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]))
+    if isinstance(value, dict):
+        return {name: _from_json(each) for name, each in value["items"].items()}
+    if isinstance(value, list):
+        return [_from_json(each) for each in value]
+    return value
