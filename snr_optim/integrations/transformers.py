@@ -178,7 +178,7 @@ def _refuse_what_cannot_work(trainer: Trainer, args: TrainingArguments) -> None:
         raise RuntimeError("deepspeed: it reduces gradients itself, where nothing can be measured; use DDP or FSDP2")
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2:
-        raise RuntimeError("fsdp: FSDP1 flattens parameters; use FSDP2 (fsdp_version 2), which is measured")
+        raise RuntimeError('fsdp: FSDP1 flattens parameters; set fsdp_config={"version": 2}, which is measured')
     if isinstance(trainer.lr_scheduler, SNRAdaptiveLR):
         raise ValueError(
             "optimizers: their scheduler is an SNRAdaptiveLR already; keep the callback and give the Trainer a plain "

@@ -1,0 +1,231 @@
+"""``SNRCallback`` in real Trainers, against a loop written by hand that does the same with ``attach()``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("accelerate", reason="the Trainer needs it")
+
+from trainers import collate, sequences, tiny_qwen3
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup
+
+from snr_optim import SNRAdaptiveLR
+from snr_optim.integrations.scaled_steps import ScaledSteps
+from snr_optim.integrations.transformers import SNRCallback
+
+STEPS, ACCUMULATED = 6, 4
+SETTINGS = {
+    "per_device_train_batch_size": 4, "gradient_accumulation_steps": ACCUMULATED, "max_steps": STEPS,
+    "learning_rate": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2, "optim": "sgd", "max_grad_norm": 0.05,
+    "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+    "dataloader_drop_last": True,
+}  # fmt: skip
+
+
+class Reporter(TrainerCallback):
+    """Stands for TensorBoard or W&B: sees what they see. Also reads off the weights what lr SGD has moved them by."""
+
+    def __init__(self):
+        self.logs, self.lrs = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.parameter = optimizer.param_groups[0]["params"][0]
+        self.before = self.parameter.detach().clone()
+
+    def on_optimizer_step(self, *args, **kwargs):
+        change, gradient = self.before - self.parameter.detach(), self.parameter.grad
+        self.lrs.append(float((change * gradient).sum() / gradient.square().sum()))
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def trained(tmp_path, *callbacks, resume=None, model=None, optimizers=(None, None), **settings):
+    batches = []
+
+    def kept(rows):
+        batches.append(collate(rows))
+        return batches[-1]
+
+    args = TrainingArguments(output_dir=str(tmp_path), **SETTINGS | settings)
+    data = sequences(ACCUMULATED * 4 * STEPS)
+    model = model or tiny_qwen3()
+    trainer = Trainer(
+        model, args, train_dataset=data, eval_dataset=data[:4], data_collator=kept, callbacks=list(callbacks),
+        optimizers=optimizers,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.batches = batches
+    return trainer
+
+
+def logged(trainer, name="learning_rate"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("options", [{}, {"smoothing": 0.5, "per_group": True}, {"adapt": False}])
+def test_every_step_has_the_lr_of_a_loop_written_by_hand(tmp_path, options):
+    trainer = trained(tmp_path, SNRCallback(**options))
+
+    model = tiny_qwen3().train()
+    decayed = trainer.get_decay_parameter_names(model)
+    groups = [[p for name, p in model.named_parameters() if (name in decayed) is chosen] for chosen in (True, False)]
+    optimizer = torch.optim.SGD([{"params": group} for group in groups], lr=0.1)
+    scheduler = SNRAdaptiveLR(optimizer, get_cosine_schedule_with_warmup(optimizer, 2, STEPS), **options)
+    scheduler.attach(model)
+    lrs, factors = [], []
+    for batch in torch.arange(STEPS * ACCUMULATED).split(ACCUMULATED):
+        for k in batch.tolist():
+            (model(**trainer.batches[k]).loss / ACCUMULATED).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        lrs.append(scheduler.get_last_lr()[0])
+        factors.append(scheduler.factor)
+        scheduler.step()
+        model.zero_grad()
+    assert logged(trainer) == pytest.approx(lrs, rel=1e-4)  # the Trainer divides by the number of tokens, not twice
+    assert logged(trainer, "snr/factor") == pytest.approx(factors, rel=1e-4)
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.allclose(weights(trainer), expected, rtol=1e-5, atol=1e-6)  # and so the steps were taken with it
+    assert 0 < min(factors) < max(factors) < 1
+
+
+def test_the_log_has_the_lr_of_the_step_and_reporters_get_the_metrics(tmp_path):
+    reporter, callback = Reporter(), SNRCallback()
+    trainer = trained(tmp_path, reporter, callback)
+    assert logged(trainer) == pytest.approx(reporter.lrs, rel=1e-2, abs=1e-9)  # read off the weights
+    steps = [entry for entry in reporter.logs if "learning_rate" in entry]
+    assert len(steps) == STEPS
+    for entry in steps:
+        assert entry["learning_rate"] == entry["snr/lr"] == pytest.approx(entry["snr/ceiling"] * entry["snr/factor"])
+    assert [entry["snr/observations"] for entry in steps] == list(range(1, STEPS + 1))
+    assert callback.metrics()["observations"] == STEPS
+    plain = trained(tmp_path, max_grad_norm=0)
+    assert logged(trainer, "snr/ceiling") == logged(plain)  # warm-up and cosine of the Trainer, untouched
+    assert logged(plain, "snr/factor") == []
+
+
+def test_resuming_is_bit_exact(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-3}
+    whole = trained(tmp_path, SNRCallback(), **saving)
+    checkpoint = tmp_path / "checkpoint-3"
+    for restore in (False, True):  # True: the Trainer makes a callback anew, with the options of the checkpoint
+        resumed = trained(
+            tmp_path / str(restore), SNRCallback(), resume=str(checkpoint), model=tiny_qwen3(),
+            restore_callback_states_from_checkpoint=restore, **saving,
+        )  # fmt: skip
+        assert torch.equal(weights(whole), weights(resumed))
+        for name in ("learning_rate", "snr/factor", "snr/snr_standard_error", "snr/observations"):
+            assert logged(whole, name) == logged(resumed, name)
+
+
+def test_checkpoints_with_and_without_the_callback_go_on_in_runs_without_and_with_it(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trained(tmp_path / "with", SNRCallback(), **saving)
+    plain = trained(tmp_path / "without", **saving)
+    continued = trained(tmp_path / "a", resume=str(tmp_path / "with" / "checkpoint-3"), **saving)
+    assert logged(continued)[3:] == logged(plain)[3:]  # their own schedule, as if nobody had been there
+    started = trained(tmp_path / "b", SNRCallback(), resume=str(tmp_path / "without" / "checkpoint-3"), **saving)
+    assert logged(started, "snr/observations") == [1, 2, 3]
+    assert logged(started, "snr/ceiling") == logged(plain)[3:]
+
+
+def test_train_called_again_starts_anew(tmp_path):
+    callback = SNRCallback()
+    trainer = trained(tmp_path, callback)
+    first = callback.scheduler
+    trainer.train()
+    assert callback.scheduler is not first
+    assert callback.metrics()["observations"] == STEPS
+
+
+def test_schedulers_that_wait_for_a_metric_and_recursive_ones_are_ceilings_too(tmp_path):
+    reporter = Reporter()
+    waiting = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5}}
+    trainer = trained(
+        tmp_path, reporter, SNRCallback(), eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_runtime",
+        greater_is_better=True, **waiting,
+    )  # fmt: skip
+    assert logged(trainer) == pytest.approx(reporter.lrs, rel=1e-2)
+    assert len(set(logged(trainer, "snr/ceiling"))) > 1
+    assert logged(trainer) == logged(trainer, "snr/lr")
+
+    model = tiny_qwen3()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recursive = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    trainer = trained(tmp_path, SNRCallback(), model=model, optimizers=(optimizer, recursive))
+    assert logged(trainer, "snr/ceiling") == pytest.approx([0.1 * 0.5**step for step in range(STEPS)])
+
+
+def test_tensor_learning_rates_are_changed_in_place():
+    parameter = nn.Parameter(torch.ones(1))
+    model = nn.ParameterList([parameter])
+    lr = torch.tensor(0.1)
+    optimizer = torch.optim.SGD([parameter], lr=lr, foreach=False)
+    steps = ScaledSteps(optimizer, model, smoothing=0.0)
+    for x in (3.0, 1.0):
+        (parameter * x / 2).sum().backward()
+    optimizer.step()
+    assert float(parameter.detach()) == pytest.approx(1 - 0.1 * 0.75 * 2)
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert float(lr) == pytest.approx(0.1)
+    steps.remove()
+    parameter.grad = torch.ones(1)
+    optimizer.step()
+    assert float(steps.scheduler.get_last_lr()[0]) == pytest.approx(0.075)
+
+
+def test_what_cannot_work_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(ValueError, match="Set gradient_accumulation_steps to 2 or more"):
+        trained(tmp_path, SNRCallback(), gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match="expected one SNRCallback"):
+        trained(tmp_path, SNRCallback(), SNRCallback())
+    model = tiny_qwen3()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="is an SNRAdaptiveLR already"):
+        trained(tmp_path, SNRCallback(), model=model, optimizers=(optimizer, SNRAdaptiveLR(optimizer)))
+    with pytest.raises(TypeError, match="lr_scheduler_type"):
+        SNRCallback(schedule=None)
+    with pytest.raises(TypeError, match="smothing"):
+        SNRCallback(smothing=0.9)
+    with pytest.raises(ValueError, match="min_factor"):
+        SNRCallback(min_factor=2.0)
+    with pytest.raises(RuntimeError, match="called by no transformers Trainer"):
+        SNRCallback().on_train_begin(None, object(), None)
+    trainer = trained(tmp_path)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(RuntimeError, match="deepspeed"):
+        SNRCallback().on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def test_the_library_imports_no_trainer():
+    code = "import sys, snr_optim; assert not {'transformers', 'accelerate', 'trl'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    one = trained(tmp_path, SNRCallback(), train_sampling_strategy="sequential")
+    case = Path(__file__).with_name("trainer_cases.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(case)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(case.parent.parent)}
+    done = subprocess.run(
+        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    for rank in range(2):
+        lrs, observations, parameters = torch.load(tmp_path / f"rank{rank}.pt")
+        assert observations == STEPS
+        assert lrs == pytest.approx(logged(one), rel=1e-4)
+        assert torch.allclose(parameters, weights(one), rtol=1e-5, atol=1e-6)
