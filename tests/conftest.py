@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,3 +21,17 @@ settings.load_profile("repeat")
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(zlib.crc32(item.nodeid.encode()))  # by its name: independent of order
+
+
+@pytest.fixture(scope="session")
+def two_trainer_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where ``trainer_cases.py``, run by two processes, has left what it found."""
+    cases, out = Path(__file__).with_name("trainer_cases.py"), tmp_path_factory.mktemp("two_trainer_processes")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(cases)]
+    path = os.pathsep.join([str(cases.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [*command, str(out)], env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return out

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -100,6 +95,10 @@ def weights_of(batch, model, temperature=1.0):
     return logit_grad_norms(logits[:, :-1], ids[:, 1:], said[:, 1:], temperature).sum(1)
 
 
+def added_up(of_functions):
+    return torch.where(of_functions.isnan().all(1), torch.nan, of_functions.nan_to_num() @ torch.tensor([1.0, 0.1]))
+
+
 def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
@@ -109,8 +108,7 @@ def test_advantages_are_those_of_the_baseline_on_rewards_and_weights_of_every_ge
     trainer = trained(kind, tmp_path, temperature=0.8, eval_strategy="steps", eval_steps=2)
     reference, seen = GradWeightedBaseline(), []
     for training, batch, of_functions, model in trainer.watched:
-        scored = ~of_functions.isnan().all(1)
-        rewards = torch.where(scored, of_functions.nan_to_num() @ torch.tensor([1.0, 0.1]), torch.nan)
+        rewards = added_up(of_functions)
         weights = weights_of(batch, model, temperature=0.8)
         size = GROUP if training else 2
         expected = reference.advantages(rewards, weights, groups=size, update=training)
@@ -250,22 +248,15 @@ def test_the_head_in_float32_is_weighed_by_its_logits(tmp_path):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
-def test_two_processes_share_one_baseline(tmp_path):
-    case = Path(__file__).with_name("trl_cases.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(case)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(case.parent.parent), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+def test_two_processes_share_one_baseline_and_one_lr(two_trainer_processes):
+    ranks = [torch.load(two_trainer_processes / f"grpo{rank}.pt") for rank in range(2)]
     reference = GradWeightedBaseline()
-    for rewards, *local in zip(ranks[0]["rewards"], *(rank["local"] for rank in ranks), strict=True):
+    for of_functions, *local in zip(ranks[0]["rewards"], *(rank["local"] for rank in ranks), strict=True):
         weights, advantages = (torch.cat([part[i] for part in local]) for i in range(2))
-        expected = reference.advantages(rewards, weights, groups=GROUP, update=True)
+        expected = reference.advantages(added_up(of_functions), weights, groups=GROUP, update=True)
         assert torch.allclose(advantages, expected, rtol=1e-4, atol=1e-6)
     assert ranks[0]["log"] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
-    assert all(torch.equal(*pair) for pair in zip(ranks[0]["rewards"], ranks[1]["rewards"], strict=True))
+    for pair in zip(ranks[0]["rewards"], ranks[1]["rewards"], strict=True):
+        assert torch.equal(*(of_functions.nan_to_num(-1) for of_functions in pair))
     assert ranks[0]["metrics"] == ranks[1]["metrics"]
     assert ranks[0]["metrics"]["observations"] == 2

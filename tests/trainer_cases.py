@@ -1,7 +1,8 @@
-"""What each rank of the test of two processes runs: the same batches as one process, half as many micro-batches."""
+"""What each rank of the tests of two processes runs, all cases in one go: to start them is most of the time."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from contextlib import contextmanager
 
@@ -45,10 +46,11 @@ class Sharding(Trainer):
         self.model.set_requires_gradient_sync(True)
 
 
-def run(name, model):
+def train(name, model):
+    """The same batches as one process, half as many micro-batches."""
     callback = Recording()
     trainer = trained(
-        f"{sys.argv[1]}/{name}", callback, train_sampling_strategy="sequential", model=model, ddp_backend="gloo",
+        sys.argv[1], callback, train_sampling_strategy="sequential", model=model, ddp_backend="gloo",
         gradient_accumulation_steps=ACCUMULATED // 2,
     )  # fmt: skip
     kinds = {kind.__name__ for kind in type(trainer.model_wrapped).__mro__}
@@ -57,8 +59,30 @@ def run(name, model):
     torch.save(found, f"{sys.argv[1]}/{name}{dist.get_rank()}.pt")
 
 
+def train_by_grpo():
+    """Groups of four, and three rows in each micro-batch of each rank."""
+    from test_integrations_trl import GRPO, lengths, small_words, weights_of
+    from test_integrations_trl import trained as trained_by_trl
+
+    callback = SNRCallback()
+    trainer = trained_by_trl(
+        GRPO, sys.argv[1], callbacks=[callback], max_steps=2, per_device_train_batch_size=3,
+        gradient_accumulation_steps=2, rewards=[small_words, lengths], ddp_backend="gloo",
+    )  # fmt: skip
+    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+    found = {
+        "local": [(weights_of(batch, model), batch["advantages"]) for _, batch, _, model in trainer.watched],
+        "rewards": [of_functions for _, _, of_functions, _ in trainer.watched],
+        "log": list(trainer._logs["advantages"]),
+        "metrics": callback.metrics(),
+    }
+    torch.save(found, f"{sys.argv[1]}/grpo{dist.get_rank()}.pt")
+
+
 if __name__ == "__main__":
-    run("ddp", tiny_qwen3())
+    train("ddp", tiny_qwen3())
+    if importlib.util.find_spec("trl") is not None:
+        train_by_grpo()
     if not torch.__version__.startswith("2.6"):  # whose fully_shard does not run on a CPU
         from torch.distributed.fsdp import fully_shard
 
@@ -66,5 +90,5 @@ if __name__ == "__main__":
         for layer in model.model.layers:
             fully_shard(layer)
         test_integrations_transformers.Trainer = Sharding
-        run("fsdp", fully_shard(model))
+        train("fsdp", fully_shard(model))
     dist.destroy_process_group()

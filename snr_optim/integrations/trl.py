@@ -135,7 +135,9 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
         labels = input_ids.masked_fill(~predicted, IGNORE_INDEX)
         rows = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
         weights = []
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), warnings.catch_warnings():
+            # Reentrant checkpoints say so wherever no gradient is wanted.
+            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
             for part in torch.split(torch.arange(len(labels), device=labels.device), rows):
                 weights.append(self._grad_norms(input_ids[part], attention_mask[part], labels[part]).sum(1))
         return torch.cat(weights)
@@ -146,7 +148,7 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
             return logit_grad_norms(logits[:, :-1], labels[:, 1:], temperature=self.temperature)
         names = ["grad_norm_squared"]
         return model_logprob_stats(
-            self.model, input_ids, labels, self.temperature, outputs=names, attention_mask=attention_mask
+            self.model, input_ids, labels, temperature=self.temperature, outputs=names, attention_mask=attention_mask
         ).grad_norm_squared
 
     # -- what TRL calls ---------------------------------------------------------------------------------------
