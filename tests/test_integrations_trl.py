@@ -234,6 +234,10 @@ def test_what_cannot_work_is_refused_with_the_way_out(tmp_path):
         trained(RLOO, tmp_path, beta=0.05, max_steps=1)
     with pytest.warns(UserWarning, match="scale_rewards='group' divides"):
         trained(GRPO, tmp_path, scale_rewards="group", max_steps=1)
+    with pytest.warns(UserWarning, match="size=2 is no multiple of num_generations=4"):
+        trained(GRPO, tmp_path, callbacks=[SNRCallback()], per_device_train_batch_size=2, max_steps=1)
+    with pytest.raises(ValueError, match="without process_group"):
+        trained(GRPO, tmp_path, baseline=GradWeightedBaseline(process_group=object()))
     args = GRPOConfig(output_dir=str(tmp_path), **SETTINGS)
     with pytest.raises(ValueError, match=r"require_unbiased: loss_type='dapo'"):
         GRPO(tiny_qwen3(), lengths, args, train_dataset=dataset([{"prompt": "w2"}]), processing_class=tokenizer(),

@@ -54,7 +54,7 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
 
     TRL shuffles all completions before it splits them into micro-batches. Here every micro-batch gets whole prompts, if
     ``per_device_train_batch_size`` is a multiple of ``num_generations``: then micro-batches are independent, as
-    :class:`~snr_optim.integrations.transformers.SNRCallback` takes them to be.
+    :class:`~snr_optim.integrations.transformers.SNRCallback` takes them to be. Otherwise it warns.
 
     Args:
         args: of the trainer, as are ``kwargs``.
@@ -103,6 +103,16 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
         if findings:
             warnings.warn(
                 "OBLRTrainerMixin: these settings bias the gradient, or are replaced: " + "; ".join(findings),
+                stacklevel=2,
+            )
+
+        rows, size = self.args.per_device_train_batch_size, self.num_generations
+        measured = any(type(callback).__name__ == "SNRCallback" for callback in self.callback_handler.callbacks)
+        if measured and rows % size:
+            warnings.warn(
+                f"per_device_train_batch_size={rows} is no multiple of num_generations={size}: outputs of one prompt "
+                "lie in several micro-batches, and SNRCallback does not see the noise between prompts. Set it to a "
+                "multiple, and gradient_accumulation_steps to 2 or more",
                 stacklevel=2,
             )
 
