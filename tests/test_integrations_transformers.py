@@ -15,10 +15,10 @@ from snr_optim import SNRAdaptiveLR
 from snr_optim.integrations.scaled_steps import ScaledSteps
 from snr_optim.integrations.transformers import SNRCallback
 
-STEPS, ACCUMULATED = 6, 4
+STEPS, ACCUMULATED = 4, 4
 SETTINGS = {
     "per_device_train_batch_size": 4, "gradient_accumulation_steps": ACCUMULATED, "max_steps": STEPS,
-    "learning_rate": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2, "optim": "sgd", "max_grad_norm": 0.05,
+    "learning_rate": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 1, "optim": "sgd", "max_grad_norm": 0.05,
     "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "report_to": "none", "disable_tqdm": True,
     "dataloader_drop_last": True,
 }  # fmt: skip
@@ -78,7 +78,7 @@ def test_every_step_has_the_lr_of_a_loop_written_by_hand(tmp_path, options):
     decayed = trainer.get_decay_parameter_names(model)
     groups = [[p for name, p in model.named_parameters() if (name in decayed) is chosen] for chosen in (True, False)]
     optimizer = torch.optim.SGD([{"params": group} for group in groups], lr=0.1)
-    scheduler = SNRAdaptiveLR(optimizer, get_cosine_schedule_with_warmup(optimizer, 2, STEPS), **options)
+    scheduler = SNRAdaptiveLR(optimizer, get_cosine_schedule_with_warmup(optimizer, 1, STEPS), **options)
     scheduler.attach(model)
     lrs, factors = [], []
     for batch in torch.arange(STEPS * ACCUMULATED).split(ACCUMULATED):
@@ -113,9 +113,9 @@ def test_the_log_has_the_lr_of_the_step_and_reporters_get_the_metrics(tmp_path):
 
 
 def test_resuming_is_bit_exact(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-3}
+    saving = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-3}
     whole = trained(tmp_path, SNRCallback(), **saving)
-    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint = tmp_path / "checkpoint-2"
     for restore in (False, True):  # True: the Trainer makes a callback anew, with the options of the checkpoint
         resumed = trained(
             tmp_path / str(restore), SNRCallback(), resume=str(checkpoint), model=tiny_qwen3(),
@@ -127,14 +127,14 @@ def test_resuming_is_bit_exact(tmp_path):
 
 
 def test_checkpoints_with_and_without_the_callback_go_on_in_runs_without_and_with_it(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 3}
+    saving = {"save_strategy": "steps", "save_steps": 2}
     trained(tmp_path / "with", SNRCallback(), **saving)
     plain = trained(tmp_path / "without", **saving)
-    continued = trained(tmp_path / "a", resume=str(tmp_path / "with" / "checkpoint-3"), **saving)
-    assert logged(continued)[3:] == logged(plain)[3:]  # their own schedule, as if nobody had been there
-    started = trained(tmp_path / "b", SNRCallback(), resume=str(tmp_path / "without" / "checkpoint-3"), **saving)
-    assert logged(started, "snr/observations") == [1, 2, 3]
-    assert logged(started, "snr/ceiling") == logged(plain)[3:]
+    continued = trained(tmp_path / "a", resume=str(tmp_path / "with" / "checkpoint-2"), **saving)
+    assert logged(continued)[2:] == logged(plain)[2:]  # their own schedule, as if nobody had been there
+    started = trained(tmp_path / "b", SNRCallback(), resume=str(tmp_path / "without" / "checkpoint-2"), **saving)
+    assert logged(started, "snr/observations") == [1, 2]
+    assert logged(started, "snr/ceiling") == logged(plain)[2:]
 
 
 def test_train_called_again_starts_anew(tmp_path):
