@@ -134,11 +134,11 @@ class Head:
             self.weight.shape[1] * options.product_dtype.itemsize * (self.weight.dtype != options.product_dtype)
         )
         fewest = min(vocab, GRANULE if whole_rows else FEWEST_COLUMNS)
-        most = options.slab_bytes // (size * rows + per_column) // GRANULE * GRANULE
+        most = options.slab_bytes // (size * rows + per_column)
         if whole_rows and most < fewest:
             least = (size * rows + per_column) * fewest
             raise ValueError(f"slab_bytes: expected {least} or more for {rows} tokens, got {options.slab_bytes}")
-        most = max(fewest, most)
+        most = max(fewest, most // GRANULE * GRANULE)
         columns = math.ceil(math.ceil(vocab / math.ceil(vocab / most)) / GRANULE) * GRANULE
         height = min(rows, max(1, (options.slab_bytes // min(columns, vocab) - per_column) // size))
         return [
