@@ -148,7 +148,8 @@ def test_train_called_again_starts_anew(tmp_path):
 
 def test_schedulers_that_wait_for_a_metric_and_recursive_ones_are_ceilings_too(tmp_path):
     reporter = Reporter()
-    waiting = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5}}
+    never_better = {"patience": 0, "factor": 0.5, "threshold": 1e9, "threshold_mode": "abs"}  # whatever the clock says
+    waiting = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": never_better}
     trainer = trained(
         tmp_path, reporter, SNRCallback(), eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_runtime",
         greater_is_better=True, **waiting,
