@@ -84,6 +84,10 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
     return max(0, _status("VmHWM") - before)
 
 
+def mebibytes(nbytes: int | None) -> float | None:
+    return None if nbytes is None else nbytes / 2**20
+
+
 def _status(field: str) -> int:
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return 1024 * int(line.split()[1])

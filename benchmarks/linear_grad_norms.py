@@ -26,6 +26,7 @@ from benchmarks.harness import (
     copies,
     environment,
     measure_limits,
+    mebibytes,
     peak_memory,
     print_table,
     progress,
@@ -125,7 +126,7 @@ def measure(which: Implementation, a: Tensor, g: Tensor, limits: Limits, seconds
         "dtype": str(a.dtype).removeprefix("torch."), "batch": f"{num}x{length}", "layer": f"{d_in}x{d_out}",
         "implementation": which.name, "ms": timing.median, "ms_20": timing.low, "ms_80": timing.high,
         "calls": timing.calls, "of_limit": limit / timing.median, "bytes": cost.bytes, "flops": cost.flops,
-        "peak_mib": None if peak is None else peak / 2**20, "worst_error": error,
+        "peak_mib": mebibytes(peak), "worst_error": error,
     }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from benchmarks.harness import (
     copies,
     environment,
     measure_limits,
+    mebibytes,
     peak_memory,
     print_table,
     progress,
@@ -359,10 +360,6 @@ def cost_of(name: str, data: Data) -> Cost:
     sizes = (*data.hidden.shape, len(data.weight), data.hidden.dtype)
     each = [linear_logprob_stats_cost(*sizes, backward=part == "backward", recomputed=0.0) for part in name.split("+")]
     return Cost(*map(sum, zip(*each, strict=True)))
-
-
-def mebibytes(nbytes: int | None) -> float | None:
-    return None if nbytes is None else nbytes / 2**20
 
 
 def main() -> None:

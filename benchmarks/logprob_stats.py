@@ -25,6 +25,7 @@ from benchmarks.harness import (
     draw_roofline,
     environment,
     measure_limits,
+    mebibytes,
     peak_memory,
     print_table,
     progress,
@@ -196,10 +197,6 @@ def cost_of(name: str, logits: Tensor, outputs: tuple[str, ...]) -> Cost:
         for part in name.split("+")
     ]
     return Cost(*map(sum, zip(*each, strict=True)))
-
-
-def mebibytes(nbytes: int | None) -> float | None:
-    return None if nbytes is None else nbytes / 2**20
 
 
 def main() -> None:

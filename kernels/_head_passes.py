@@ -136,7 +136,7 @@ def logit_gradients(
         slab = tile.view(buffer) if ready else head.fill(buffer, tile)
         ready = False
         labels, _ = head.labels_of(tile, elsewhere=tile.width)
-        known = [x[tile.rows] if x.numel() else x for x in results]
+        known = [x[tile.rows] for x in results]
         of_rows = [None if g is None else g[tile.rows] for g in given]
         d = slab if squashed is None else tile.view(squashed)
         path.backward(slab[None], labels, head.divisor_of(tile), NO_LABEL, known, of_rows, out=d[None])

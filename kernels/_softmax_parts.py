@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FAR_BELOW = -1e4  # exp of it is 0; stands in for -inf where share * log(share) must be 0 and not NaN
+from snr_optim.kernels.logprob_stats_torch import FAR_BELOW
 
 
 class Part(NamedTuple):

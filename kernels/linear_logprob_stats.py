@@ -48,8 +48,8 @@ def linear_logprob_stats(
     Logits exist a slab at a time: a slice of the vocabulary for all tokens, multiplied by torch, reduced by
     `logprob_stats` and joined with what the other slices said. The backward pass multiplies again, but for the last
     slab, which is kept: with a slab as large as the logits nothing is computed twice, with a small one a third more
-    than with whole logits, and with less than some 1 KiB per token thin products are slow besides. Weight gradients
-    are rounded once, gradients of hidden states are summed in float32.
+    than with whole logits; where 1024 columns of all tokens do not fit, tokens are divided too, and thin products are
+    slow. Weight gradients are rounded once, gradients of hidden states are summed in float32.
 
     ``torch.autocast`` is followed: products in its dtype, gradients in those of the tensors. Under ``torch.compile``
     the graph is broken around the op (no ``fullgraph=True``). Differentiable once, in reverse mode; not by

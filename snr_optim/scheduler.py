@@ -108,7 +108,7 @@ class SNRAdaptiveLR(LRScheduler):
             raise ValueError(f"metric: expected 'euclidean' or 'optimizer', got {metric!r}")
         self.schedule = schedule
         # What the inner schedule wrote last. Not its get_last_lr(): in torch 2.6 a tensor there is the live lr.
-        self._scheduled = [_copy(group["lr"]) for group in optimizer.param_groups]
+        self._scheduled = [copy_of(group["lr"]) for group in optimizer.param_groups]
         self.min_factor, self.max_factor = float(min_factor), float(max_factor)
         self.metric, self.adapt, self.per_group = metric, adapt, per_group
         self._shrinks = smoothing == "auto"
@@ -316,26 +316,19 @@ class SNRAdaptiveLR(LRScheduler):
         if self.schedule is None:
             return
         self._adopt_new_groups()
-        self._write(self._scheduled)  # recursive schedules read their own last lr in the optimizer
+        write_lrs(self.optimizer, self._scheduled)  # recursive schedules read their own last lr in the optimizer
         with warnings.catch_warnings():
             # A GradScaler that skips the first step would raise this false alarm (pytorch#44511).
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
             self.schedule.step()
-        self._scheduled = [_copy(lr) for lr in self._lrs()]
+        self._scheduled = [copy_of(lr) for lr in self._lrs()]
 
     def _write_lr(self) -> None:
         self._adopt_new_groups()
-        self._write(self.get_lr())
-        self._last_lr = [_copy(lr) for lr in self._lrs()]
+        write_lrs(self.optimizer, self.get_lr())
+        self._last_lr = [copy_of(lr) for lr in self._lrs()]
         self._written = [(lr, _version(lr)) for lr in self._lrs()]
         self._loaded = False
-
-    def _write(self, lrs: list[float | Tensor]) -> None:
-        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].copy_(torch.as_tensor(lr))  # never replaced: compiled and captured steps hold it
-            else:
-                group["lr"] = lr
 
     def _lrs(self) -> list[float | Tensor]:
         return [group["lr"] for group in self.optimizer.param_groups]
@@ -372,7 +365,7 @@ class SNRAdaptiveLR(LRScheduler):
             )
         for group in added:
             lr = group.setdefault("initial_lr", group["lr"])
-            self.base_lrs.append(_copy(lr))
+            self.base_lrs.append(copy_of(lr))
             if self.per_group:
                 self._group_averages.append(MomentAverages(self._averages.smoothing))
 
@@ -446,5 +439,14 @@ def _version(lr: float | Tensor) -> int:
     return lr._version if isinstance(lr, Tensor) else 0
 
 
-def _copy(lr: float | Tensor) -> float | Tensor:
+def write_lrs(optimizer: Optimizer, lrs: list[float | Tensor]) -> None:
+    """Put one lr into each group."""
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].copy_(torch.as_tensor(lr))  # never replaced: compiled and captured steps hold it
+        else:
+            group["lr"] = lr
+
+
+def copy_of(lr: float | Tensor) -> float | Tensor:
     return lr.clone() if isinstance(lr, Tensor) else lr

@@ -15,12 +15,12 @@ import torch
 from snr_optim.kernels._launch import has_triton, interprets
 
 HERE = Path(__file__).parent
-FILES = [
-    "test_logprob_stats.py",
-    "test_linear_logprob_stats.py",
-    "test_linear_grad_norms.py",
-    "test_norm_embedding_grad_norms.py",
-]
+FILES = {  # and how many tests must run in each
+    "test_logprob_stats.py": 40,
+    "test_linear_logprob_stats.py": 20,
+    "test_linear_grad_norms.py": 40,
+    "test_norm_embedding_grad_norms.py": 40,
+}
 
 
 def interpret(tests):
@@ -41,5 +41,5 @@ def runs():
 def test_kernels_interpreted(runs, tests):
     run = runs[tests].result()
     assert run.returncode == 0, run.stdout[-6000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 20
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > FILES[tests]
     assert "skipped" not in run.stdout

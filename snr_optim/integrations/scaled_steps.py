@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from snr_optim.backward import is_nested_step
-from snr_optim.scheduler import SNRAdaptiveLR
+from snr_optim.scheduler import SNRAdaptiveLR, copy_of, write_lrs
 
 
 class ScaledSteps:
@@ -63,7 +63,7 @@ class ScaledSteps:
         self._ceilings: list[float | Tensor] | None = None  # while it is not the ceilings that stand in the optimizer
         ceilings = self._lrs()
         self.scheduler = SNRAdaptiveLR(optimizer, **options)  # writes its first lr, as all schedulers do
-        self._write(ceilings)
+        write_lrs(self.optimizer, ceilings)
         # The order of the hooks: the ceiling is taken, the batch is measured, the step is done, the ceiling is back.
         begin = optimizer.register_step_pre_hook(torch.compiler.disable(self._on_begin))  # type: ignore[no-untyped-call]
         try:
@@ -85,12 +85,12 @@ class ScaledSteps:
         """Put the lr of the last step into the optimizer until :meth:`hide`, for who looks for it there."""
         if self._ceilings is None:
             self._ceilings = self._lrs()
-            self._write(self.scheduler.get_last_lr())
+            write_lrs(self.optimizer, self.scheduler.get_last_lr())
 
     def hide(self) -> None:
         """Put the ceiling back."""
         if self._ceilings is not None:
-            self._write(self._ceilings)
+            write_lrs(self.optimizer, self._ceilings)
             self._ceilings = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class ScaledSteps:
         """
         ceilings = self._lrs()
         self.scheduler.load_state_dict(state_dict)
-        self._write(ceilings)
+        write_lrs(self.optimizer, ceilings)
 
     def _on_begin(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if is_nested_step(optimizer):
@@ -120,12 +120,4 @@ class ScaledSteps:
             self.hide()
 
     def _lrs(self) -> list[float | Tensor]:
-        lrs = [group["lr"] for group in self.optimizer.param_groups]
-        return [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
-
-    def _write(self, lrs: list[float | Tensor]) -> None:
-        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].copy_(torch.as_tensor(lr))  # never replaced: compiled and captured steps hold it
-            else:
-                group["lr"] = lr
+        return [copy_of(group["lr"]) for group in self.optimizer.param_groups]
