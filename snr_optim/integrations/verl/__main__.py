@@ -1,0 +1,96 @@
+"""``python -m snr_optim.integrations.verl check [verl's own overrides]``: will it work, and is it unbiased?"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from importlib import metadata
+
+from snr_optim.integrations.verl.estimators import ESTIMATORS
+from snr_optim.integrations.verl.settings import check_required, check_unbiased
+
+TESTED = "0.9.1"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m snr_optim.integrations.verl", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="look at the installation, and at a config if overrides are given")
+    check.add_argument("overrides", nargs="*", help="as for verl.trainer.main_ppo: algorithm.adv_estimator=oblr_po ...")
+    check.add_argument("--config-name", default="ppo_trainer")
+    args = parser.parse_args(argv)
+    problems = check_installation()
+    if args.overrides:
+        problems += check_config(args.config_name, args.overrides)
+    print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}")
+    return int(bool(problems))
+
+
+def check_installation() -> list[str]:
+    """Prints what is found; returns what is wrong."""
+    problems = []
+
+    def say(good: bool, text: str) -> None:
+        print(f"{'ok     ' if good else 'PROBLEM'}  {text}")
+        if not good:
+            problems.append(text)
+
+    try:
+        version = metadata.version("verl")
+    except metadata.PackageNotFoundError:
+        say(False, "verl is not installed")
+        return problems
+    say(True, f"verl {version} (tested with {TESTED})")
+    entries = [entry for entry in metadata.entry_points(group="verl.plugins") if entry.value.startswith("snr_optim.")]
+    say(
+        bool(entries),
+        "entry point verl.plugins: snr_optim" + ("" if entries else " is missing; install snr-optim again"),
+    )
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
+    loaded = policy.strip().lower() == "auto" or any(entry.name in policy.split(",") for entry in entries)
+    say(loaded, f"VERL_USE_EXTERNAL_PLUGINS={policy}" + ("" if loaded else " leaves snr_optim out"))
+
+    try:
+        from snr_optim.integrations.verl import plugin, replacing
+    except Exception as error:
+        say(False, f"the plugin cannot be loaded: {error!r}")
+        return problems
+    for module in plugin.CHANGES:
+        try:
+            importlib.import_module(module)
+            say(module not in replacing.problems, module)
+        except Exception as error:
+            say(False, f"{module} cannot be imported here: {error!r}")
+    registry = getattr(sys.modules.get("verl.trainer.ppo.core_algos"), "ADV_ESTIMATOR_REGISTRY", {})
+    for name, estimator in ESTIMATORS.items():
+        known = registry.get(name) is estimator
+        say(known, f"algorithm.adv_estimator={name}" + ("" if known else " is unknown to verl"))
+    for name, reason in replacing.problems.items():
+        say(False, f"{name} {reason}")
+    return problems
+
+
+def check_config(name: str, overrides: list[str]) -> list[str]:
+    """Composes verl's config; prints what biases the gradient; returns what cannot work."""
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+
+    try:
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose(name, overrides=overrides)
+    except HydraException as error:
+        problem = f"verl does not accept the config: {error}"
+        print(f"PROBLEM  {problem}")
+        return [problem]
+    problems = check_required(config)
+    for problem in problems:
+        print(f"PROBLEM  {problem}")
+    for finding in check_unbiased(config):
+        print(f"biased   {finding}")
+    return problems
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

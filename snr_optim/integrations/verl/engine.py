@@ -1,0 +1,121 @@
+"""The optimizers of ``optimizers.py`` in verl's FSDP engine: gradients measured, lr and metrics logged, state saved.
+
+Here: replacements for methods of ``FSDPEngine``, each of which does as before unless ``optim.optimizer`` is ours.
+
+Every micro-batch of every rank is a sub-batch, seen whole before it is reduce-scattered, whether the engine defers the
+reduction or not; its size is its number of sequences, as verl divides all losses by numbers of the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from snr_optim.integrations.scaled_steps import ScaledSteps
+from snr_optim.integrations.verl.replacing import replace
+
+
+def change_fsdp_engine(module: Any) -> None:
+    """``verl.workers.engine.fsdp.transformer_impl``."""
+    engine = module.FSDPEngine
+    replace(engine, "_build_optimizer", _attaching, ["self", "module"])
+    replace(engine, "_build_lr_scheduler", _telling_the_lr, ["self", "optimizer"])
+    replace(engine, "_gradient_sync_context", _around_backward, ["self", "is_last_micro_batch"])
+    replace(module.FSDPEngineWithLMHead, "forward_step", _with_size, ["self", "micro_batch", "forward_only"])
+    replace(engine, "train_batch", _with_metrics, ["self", "data"])
+
+
+class Ceiling:
+    """verl's lr scheduler, which goes on scheduling the ceiling, and what is said of it: the lr of the last step."""
+
+    def __init__(self, schedule: Any, steps: ScaledSteps) -> None:
+        self._schedule, self._steps = schedule, steps
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._schedule, name)
+
+    def get_last_lr(self) -> list[float]:
+        """Of the last step, as verl logs it in ``actor/lr``."""
+        return [float(lr) for lr in self._steps.scheduler.get_last_lr()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Theirs, and the statistics beside it."""
+        return {**self._schedule.state_dict(), "snr_optim": self._steps.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A checkpoint that was made without us starts the statistics anew."""
+        theirs = {name: value for name, value in state_dict.items() if name != "snr_optim"}
+        self._schedule.load_state_dict(theirs)
+        if "snr_optim" in state_dict:
+            self._steps.load_state_dict(state_dict["snr_optim"])
+
+
+def _steps_of(engine: Any) -> ScaledSteps | None:
+    steps = getattr(getattr(engine, "optimizer", None), "steps", None)
+    return steps if isinstance(steps, ScaledSteps) else None
+
+
+def _attaching(original: Callable[..., Any]) -> Callable[..., Any]:
+    def build_optimizer(self: Any, module: Any) -> Any:
+        optimizer = original(self, module)
+        if hasattr(optimizer, "attach"):
+            if getattr(self, "ulysses_sequence_parallel_size", 1) > 1:
+                raise RuntimeError(
+                    "ulysses_sequence_parallel_size: parts of a sequence are no independent sub-batches; set it to 1, "
+                    "or optim.optimizer=AdamW"
+                )
+            try:
+                optimizer.attach(module)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"optim.optimizer={type(optimizer).__name__}: {error}. In verl: "
+                    "actor_rollout_ref.actor.strategy=fsdp2"
+                ) from error
+        return optimizer
+
+    return build_optimizer
+
+
+def _telling_the_lr(original: Callable[..., Any]) -> Callable[..., Any]:
+    def build_lr_scheduler(self: Any, optimizer: Any) -> Any:
+        schedule, steps = original(self, optimizer), getattr(optimizer, "steps", None)
+        return Ceiling(schedule, steps) if isinstance(steps, ScaledSteps) else schedule
+
+    return build_lr_scheduler
+
+
+def _around_backward(original: Callable[..., Any]) -> Callable[..., Any]:
+    @contextmanager
+    def gradient_sync_context(self: Any, **kwargs: Any) -> Iterator[None]:
+        with ExitStack() as micro_batch, original(self, **kwargs):
+            self._snr_micro_batch = micro_batch  # where forward_step, which knows the size, opens a sub-batch
+            try:
+                yield
+            finally:
+                self._snr_micro_batch = None
+
+    return gradient_sync_context
+
+
+def _with_size(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward_step(self: Any, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
+        steps, around = _steps_of(self), getattr(self, "_snr_micro_batch", None)
+        if steps is not None and around is not None and not forward_only:
+            around.enter_context(steps.handle.sub_batch(size=len(micro_batch)))
+        return original(self, micro_batch, loss_function, forward_only)
+
+    return forward_step
+
+
+def _with_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
+    def train_batch(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs, steps = original(self, data, *args, **kwargs), _steps_of(self)
+        if steps is not None and self.is_mp_src_rank_with_outputs():
+            found = steps.scheduler.metrics()
+            # A list for each rank: verl chains them.
+            outputs["metrics"].update({f"snr/{k}": [v] for k, v in found.items() if math.isfinite(v)})
+        return outputs
+
+    return train_batch

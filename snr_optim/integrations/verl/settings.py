@@ -1,0 +1,180 @@
+"""What a config of verl should not say: what cannot work with us, and what biases the gradient.
+
+Here: two tables, and the functions that read them. They look at a config and need no verl.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from snr_optim.integrations.settings import MISSING, Setting, findings, one_of
+from snr_optim.integrations.verl.estimators import ESTIMATORS, OPTIONS
+
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+UNCLIPPED = 1e6
+
+
+def _has_our_optimizer(config: Any) -> bool:
+    return str(_look(config, f"{ACTOR}.optim.optimizer_impl")).startswith("snr_optim.")
+
+
+def _needs_sum_pi_squared(config: Any) -> bool:
+    options = _look(config, f"algorithm.{OPTIONS}")
+    kind = "logit" if options in (MISSING, None) else options.get("weights", "logit")
+    return _look(config, "algorithm.adv_estimator") in ESTIMATORS and kind == "logit"
+
+
+REQUIRED = [
+    Setting(
+        f"{ACTOR}.calculate_sum_pi_squared",
+        lambda value, config: value or not _needs_sum_pi_squared(config),
+        "leaves the estimator without gradient norms",
+        f"{ACTOR}.calculate_sum_pi_squared=True",
+    ),
+    Setting(
+        "actor_rollout_ref.model.use_fused_kernels",
+        lambda value, config: not value or not _needs_sum_pi_squared(config),
+        "cannot compute sum_pi_squared, which verl refuses",
+        "actor_rollout_ref.model.use_fused_kernels=False",
+    ),
+    Setting(
+        "algorithm.rollout_correction.bypass_mode",
+        lambda value, config: not value or not _needs_sum_pi_squared(config),
+        "skips the pass that computes sum_pi_squared",
+        "algorithm.rollout_correction.bypass_mode=False",
+    ),
+    Setting(
+        f"{ACTOR}.strategy",
+        lambda value, config: value == "fsdp2" or not _has_our_optimizer(config),
+        "is no engine whose gradients can be measured",
+        f"{ACTOR}.strategy=fsdp2",
+    ),
+    Setting(
+        f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size",
+        lambda value, config: value == 1 or not _has_our_optimizer(config),
+        "splits sequences over ranks, whose gradients are no independent sub-batches",
+        f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=1",
+    ),
+]
+
+SETTINGS = [
+    Setting(
+        f"{ACTOR}.loss_agg_mode",
+        one_of("seq-mean-token-sum", "seq-mean-token-sum-norm"),
+        "divides by lengths of the outputs, so that the weight of an output depends on what it is",
+        f"{ACTOR}.loss_agg_mode=seq-mean-token-sum",
+    ),
+    Setting(
+        f"{ACTOR}.ppo_mini_batch_size",
+        lambda value, config: value >= _look(config, "data.train_batch_size"),
+        "makes several optimizer steps on one batch: all but the first are off-policy, with clipped ratios",
+        f"{ACTOR}.ppo_mini_batch_size to data.train_batch_size",
+    ),
+    Setting(
+        f"{ACTOR}.ppo_epochs",
+        one_of(1),
+        "uses outputs again, after the policy has seen them, with clipped ratios",
+        f"{ACTOR}.ppo_epochs=1",
+    ),
+    Setting(
+        f"{ACTOR}.policy_loss.loss_mode",
+        one_of("vanilla"),
+        "is another loss than the policy gradient",
+        f"{ACTOR}.policy_loss.loss_mode=vanilla",
+    ),
+    Setting(f"{ACTOR}.use_kl_loss", one_of(False), "adds a KL penalty to the objective", f"{ACTOR}.use_kl_loss=False"),
+    Setting(f"{ACTOR}.entropy_coeff", one_of(0, None), "adds the entropy to the objective", f"{ACTOR}.entropy_coeff=0"),
+    Setting(
+        f"{ACTOR}.optim.clip_grad",
+        lambda value, config: value is None or value >= UNCLIPPED,
+        "clips the gradient, and the more the noisier it is",
+        f"{ACTOR}.optim.clip_grad=1e9",
+    ),
+    Setting(
+        "algorithm.use_kl_in_reward",
+        one_of(False),
+        "adds a KL penalty to the objective",
+        "algorithm.use_kl_in_reward=False",
+    ),
+    Setting(
+        "algorithm.filter_groups.enable",
+        one_of(False, None),
+        "drops groups because of their rewards",
+        "algorithm.filter_groups.enable=False",
+    ),
+    Setting(
+        "algorithm.use_pf_ppo",
+        one_of(False, None),
+        "draws outputs again, by their rewards",
+        "algorithm.use_pf_ppo=False",
+    ),
+    Setting(
+        "algorithm.rollout_correction.rollout_rs",
+        one_of(None),
+        "drops outputs because of what they are",
+        "algorithm.rollout_correction.rollout_rs=null",
+    ),
+    Setting(
+        "algorithm.rollout_correction.rollout_is",
+        one_of(None),
+        "truncates the ratios of rollout and training",
+        "algorithm.rollout_correction.rollout_is=null, or accept a small bias",
+    ),
+    Setting(
+        "trainer.v1.trainer_mode",
+        one_of("sync"),
+        "trains on outputs of earlier policies",
+        "trainer.v1.trainer_mode=sync",
+    ),
+    Setting(
+        f"{ROLLOUT}.temperature",
+        one_of(1),
+        "samples from, and trains, a policy other than the model's own",
+        f"{ROLLOUT}.temperature=1.0",
+    ),
+    Setting(
+        f"{ROLLOUT}.top_p",
+        one_of(1),
+        "never samples unlikely tokens, which the gradient counts on",
+        f"{ROLLOUT}.top_p=1.0",
+    ),
+    Setting(
+        f"{ROLLOUT}.top_k",
+        one_of(-1, 0, None),
+        "never samples unlikely tokens, which the gradient counts on",
+        f"{ROLLOUT}.top_k=-1",
+    ),
+]
+
+
+def check_required(config: Any) -> list[str]:
+    """Every setting of a whole verl config with which our estimators or optimizers cannot work.
+
+    Args:
+        config: what verl's ``main_ppo`` is given; settings that it does not have are passed over.
+
+    Returns:
+        A sentence for each: name, value, what is wrong, what to set instead.
+    """
+    return findings(REQUIRED, config, _look)
+
+
+def check_unbiased(config: Any) -> list[str]:
+    """Every setting with which verl's gradient is not, in the mean, that of the expected reward.
+
+    As :func:`snr_optim.integrations.trl.check_unbiased`, for a whole verl config. What stays is the difference in
+    rounding between the engine that samples and the one that trains.
+
+    Example:
+        >>> check_unbiased({"algorithm": {"filter_groups": {"enable": True}}})[0].partition(": ")[2]
+        'set algorithm.filter_groups.enable=False'
+    """
+    return findings(SETTINGS, config, _look)
+
+
+def _look(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        if config is None or part not in config:
+            return MISSING
+        config = config[part]
+    return config

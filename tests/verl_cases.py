@@ -1,0 +1,160 @@
+"""What each rank of the tests of verl's engine runs: its own engine on CPU, against gradients one by one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from trainers import tiny_qwen3
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.dataset_utils import DatasetPadMode
+from verl.utils.device import get_platform
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from snr_optim import GradientMoments
+
+platform = type(get_platform())  # verl knows no CPU
+platform.current_device = lambda self: "cpu"
+platform.device_name = property(lambda self: "cpu")
+
+
+def engine_of(model, **optimizer):
+    """As verl builds it, but for what needs a checkpoint on disk or a GPU."""
+    engine = object.__new__(FSDPEngineWithLMHead)
+    engine.module, engine.rank, engine.scaler = model, dist.get_rank(), None
+    engine.optimizer_config = FSDPOptimizerConfig(lr=1e-2, optimizer_impl="snr_optim.integrations.verl", **optimizer)
+    engine.engine_config = FSDPEngineConfig(use_no_sync_for_gradient_accumulation=True)
+    engine.ulysses_sequence_parallel_size, engine.ulysses_device_mesh = 1, None
+    engine.use_ulysses_sp = engine._qat_enabled = engine.pad_to_length = engine.pass_packed_cu_seqlens = False
+    engine._autocast_dtype = torch.float32
+    engine.optimizer = engine._build_optimizer(model)
+    engine.lr_scheduler = engine._build_lr_scheduler(engine.optimizer)
+    return engine
+
+
+def nested(rows):
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def batch(step):
+    """Sequences of unequal lengths, which verl divides by tokens: micro-batches of unequal numbers."""
+    generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+    lengths = (4, 16, 5, 15, 4, 6)
+    ids = [torch.randint(2, 12, (n,), generator=generator) for n in lengths]
+    data = tu.get_tensordict(
+        {
+            "input_ids": nested(ids),
+            "position_ids": nested([torch.arange(n) for n in lengths]),
+            "attention_mask": nested([torch.ones(n, dtype=torch.long) for n in lengths]),
+            "prompts": nested([row[:-3] for row in ids]),
+            "responses": nested([row[-3:] for row in ids]),
+            "loss_mask": nested([torch.ones(3) for _ in ids]),
+        }
+    )
+    tu.assign_non_tensor(
+        data, use_remove_padding=False, use_dynamic_bsz=True, max_token_len_per_gpu=24, use_fused_kernels=False,
+        pad_mode=DatasetPadMode.NO_PADDING, temperature=1.0, global_batch_size=6, calculate_entropy=False,
+    )  # fmt: skip
+    return data
+
+
+seen = []
+
+
+def loss(model_output, data, dp_group=None):
+    seen.append([row.clone() for row in data["input_ids"].unbind()])
+    return -sum(row[:-1].sum() for row in model_output["log_probs"].unbind()) / 6, {}
+
+
+def gradient(model, rows):
+    """Of one micro-batch on an unsharded model, one sequence after the other."""
+    total = 0.0
+    for row in rows:
+        log_probs = model(input_ids=row[None]).logits[0, :-1].log_softmax(-1)
+        total = total - log_probs.gather(1, row[1:, None]).sum() / 6
+    model.zero_grad()
+    total.backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def moments_by_hand(weights):
+    model = tiny_qwen3()
+    model.load_state_dict(weights)
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, seen)
+    rows = [micro_batch for rank in parts for micro_batch in rank]
+    sizes = [len(micro_batch) for micro_batch in rows]
+    assert len(set(sizes)) > 1
+    shares = [size / sum(sizes) for size in sizes]
+    # A sum over sequences, averaged over ranks: each is its share of the batch's gradient.
+    of_parts = [
+        [g / dist.get_world_size() / share for g in gradient(model, micro_batch)]
+        for micro_batch, share in zip(rows, shares, strict=True)
+    ]
+    return GradientMoments.from_gradients(of_parts, shares=shares)
+
+
+def whole(model):
+    return {name: value.full_tensor() for name, value in model.state_dict().items()}
+
+
+def sharded():
+    model = tiny_qwen3()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def measured_steps():
+    model = sharded()
+    engine = engine_of(model, optimizer="SNRAdamW", override_optimizer_config={"snr": {"smoothing": 0.0}})
+    for step in range(2):
+        seen.clear()
+        weights = whole(model)
+        outputs = engine.train_batch(batch(step), loss)
+        expected = moments_by_hand(weights)
+        factor = min(max(float(expected.lr_factor), 0.01), 1.0)
+        assert outputs["metrics"]["snr/factor"] == [pytest.approx(factor, rel=1e-4)]
+        assert outputs["metrics"]["snr/observations"] == [step + 1]
+        assert engine.lr_scheduler_step() == pytest.approx(1e-2 * factor, rel=1e-4)  # what verl logs
+        assert engine.optimizer.param_groups[0]["lr"] == 1e-2
+    assert float(engine.optimizer.steps.handle.moments.num) == 2 * len(seen) if dist.get_world_size() == 2 else True
+    state = engine.lr_scheduler.state_dict()
+    resumed = engine_of(sharded(), optimizer="SNRAdamW")
+    resumed.lr_scheduler.load_state_dict(state)
+    assert resumed.optimizer.steps.scheduler.factor == engine.optimizer.steps.scheduler.factor
+    assert resumed.lr_scheduler.last_epoch == engine.lr_scheduler.last_epoch == 2
+
+
+def an_optimizer_of_torch_is_left_alone():
+    model = sharded()
+    engine = engine_of(model, optimizer="SNRAdamW")
+    engine.optimizer_config = FSDPOptimizerConfig(lr=1e-2, optimizer_impl="torch.optim", optimizer="AdamW")
+    engine.optimizer = engine._build_optimizer(model)
+    engine.lr_scheduler = engine._build_lr_scheduler(engine.optimizer)
+    outputs = engine.train_batch(batch(0), loss)
+    assert not any(name.startswith("snr/") for name in outputs["metrics"])
+    assert type(engine.lr_scheduler).__name__ == "LambdaLR"
+
+
+def what_cannot_be_measured_is_refused():
+    if dist.get_world_size() > 1:
+        with pytest.raises(RuntimeError, match=r"SNRAdamW: .*In verl: actor_rollout_ref\.actor\.strategy=fsdp2"):
+            engine_of(tiny_qwen3(), optimizer="SNRAdamW")
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    measured_steps()
+    an_optimizer_of_torch_is_left_alone()
+    what_cannot_be_measured_is_refused()
+    Path(sys.argv[1], f"passed{dist.get_rank()}").touch()
+    dist.destroy_process_group()
