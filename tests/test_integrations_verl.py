@@ -34,7 +34,7 @@ ACTOR = "actor_rollout_ref.actor"
 OURS = ["algorithm.adv_estimator=grad_weighted", f"{ACTOR}.calculate_sum_pi_squared=True"]
 UNBIASED = [
     f"{ACTOR}.loss_agg_mode=seq-mean-token-sum", "data.train_batch_size=128", f"{ACTOR}.ppo_mini_batch_size=128",
-    f"{ACTOR}.optim.clip_grad=1e9",
+    f"{ACTOR}.optim.clip_grad=1e9", f"{ACTOR}.use_dynamic_bsz=True",
 ]  # fmt: skip
 
 
@@ -320,10 +320,11 @@ def test_the_command_finds_its_way_into_verl_and_reads_a_config(capsys):
     assert "PROBLEM" not in out
     assert "biased" not in out
     assert "algorithm.adv_estimator=grad_weighted" in out
-    assert main(["check", "algorithm.adv_estimator=oblr_po"]) == 1
+    assert main(["check", "algorithm.adv_estimator=oblr_po", f"{ACTOR}.use_dynamic_bsz=True"]) == 1
     assert "PROBLEM  actor_rollout_ref.actor.calculate_sum_pi_squared=False" in capsys.readouterr().out
-    assert main(["check", "no.such.setting=1"]) == 1
-    assert "verl does not accept the config" in capsys.readouterr().out
+    for wrong in ("no.such.setting=1", f"{ACTOR}.optim.optimizer=3"):
+        assert main(["check", *OURS, *UNBIASED, wrong]) == 1
+        assert "verl does not accept the config" in capsys.readouterr().out
 
 
 def test_a_version_of_verl_that_is_laid_out_differently_is_said_and_left_alone(caplog):

@@ -7,6 +7,8 @@ import importlib
 import os
 import sys
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 from snr_optim.integrations.verl.estimators import ESTIMATORS
 from snr_optim.integrations.verl.settings import check_required, check_unbiased
@@ -20,10 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     check = commands.add_parser("check", help="look at the installation, and at a config if overrides are given")
     check.add_argument("overrides", nargs="*", help="as for verl.trainer.main_ppo: algorithm.adv_estimator=oblr_po ...")
     check.add_argument("--config-name", default="ppo_trainer")
+    check.add_argument("--config-dir", type=Path, help="of your own configs, as for main_ppo")
     args = parser.parse_args(argv)
     problems = check_installation()
-    if args.overrides:
-        problems += check_config(args.config_name, args.overrides)
+    if args.overrides or args.config_dir:
+        problems += check_config(args.config_name, args.overrides, args.config_dir)
     print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}")
     return int(bool(problems))
 
@@ -72,15 +75,23 @@ def check_installation() -> list[str]:
     return problems
 
 
-def check_config(name: str, overrides: list[str]) -> list[str]:
-    """Composes verl's config; prints what biases the gradient; returns what cannot work."""
-    from hydra import compose, initialize_config_module
+def check_config(name: str, overrides: list[str], folder: Path | None = None) -> list[str]:
+    """Composes verl's config and has verl validate it; prints what biases the gradient; returns what cannot work."""
+    from hydra import compose, initialize_config_dir, initialize_config_module
     from hydra.errors import HydraException
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
 
+    theirs, search = "verl.trainer.config", []
+    found: Any = initialize_config_module(theirs, version_base=None)
+    if folder is not None:
+        found = initialize_config_dir(str(folder.resolve()), version_base=None)
+        search = [f"hydra.searchpath=[pkg://{theirs}]"]
     try:
-        with initialize_config_module("verl.trainer.config", version_base=None):
-            config = compose(name, overrides=overrides)
-    except HydraException as error:
+        with found:
+            config = compose(name, overrides=[*search, *overrides])
+        validate_config(config, need_reference_policy(config), need_critic(config))
+    except (HydraException, AssertionError, ValueError, TypeError) as error:
         problem = f"verl does not accept the config: {error}"
         print(f"PROBLEM  {problem}")
         return [problem]
