@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 MISSING = object()  # a setting that this version does not have
+UNCLIPPED = 1e6  # a limit for the norm of a gradient that is none
 
 
 class Setting(NamedTuple):

@@ -1,8 +1,8 @@
-"""The gradient-weighted baseline in slime, by functions whose paths its command line takes; settings that bias it.
+"""The gradient-weighted baseline in slime, by functions whose paths its command line takes.
 
-Here: ``SlimeAdvantages``, the paths ``advantages`` and ``data_source`` made of it, ``check_unbiased``. slime is
-imported when ``data_source`` is called, and Megatron never: all of this runs in slime's ``RolloutManager``, the one
-process that sees all samples of a batch.
+Here: ``SlimeAdvantages``, and the paths ``advantages`` and ``data_source`` made of it. slime is imported when
+``data_source`` is called, and Megatron never: all of this runs in slime's ``RolloutManager``, the one process that sees
+all samples of a batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from snr_optim.baseline import GradWeightedBaseline
-from snr_optim.integrations.trl_settings import UNCLIPPED, Setting
+from snr_optim.integrations.slime_settings import check_unbiased as check_unbiased
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class SlimeAdvantages:
         Returns:
             A ``RolloutDataSourceWithBuffer``.
         """
-        from slime.rollout.data_source import (  # type: ignore[import-not-found]  # not installed where this is checked
+        from slime.rollout.data_source import (
             RolloutDataSourceWithBuffer,
         )
 
@@ -191,93 +191,6 @@ class SlimeAdvantages:
 
 advantages = SlimeAdvantages()
 data_source = advantages.data_source
-
-
-def _is(*values: Any) -> Any:
-    return lambda value, args: value in values
-
-
-SETTINGS = [
-    Setting(
-        "calculate_per_token_loss",
-        _is(False),
-        "divides by the number of tokens in the batch, which depends on the outputs",
-        "no --calculate-per-token-loss",
-    ),
-    Setting(
-        "custom_pg_loss_reducer_function_path",
-        _is(None),
-        "may divide by lengths of the outputs",
-        "none, or make sure that it divides by a constant",
-    ),
-    Setting(
-        "global_batch_size",
-        lambda value, args: value is None or args.rollout_batch_size * args.n_samples_per_prompt <= value,
-        "makes several optimizer steps on one batch: all but the first are off-policy, with clipped ratios",
-        "global_batch_size = rollout_batch_size * n_samples_per_prompt",
-    ),
-    Setting(
-        "kl_loss_coef",
-        lambda value, args: not value or not getattr(args, "use_kl_loss", True),
-        "adds a KL penalty to the objective",
-        "kl_loss_coef=0.0",
-    ),
-    Setting("entropy_coef", _is(0), "adds the entropy to the objective", "entropy_coef=0.0"),
-    Setting("use_opd", _is(False), "adds a KL penalty to the objective", "no --use-opd"),
-    Setting("use_opsm", _is(False), "drops outputs because of their advantage", "no --use-opsm"),
-    Setting("use_tis", _is(False), "multiplies by truncated ratios", "no --use-tis, or accept a small bias"),
-    Setting(
-        "dynamic_sampling_filter_path",
-        _is(None),
-        "drops groups because of their rewards; a pooled baseline learns from flat groups, too",
-        "no filter",
-    ),
-    Setting("rollout_sample_filter_path", _is(None), "drops outputs because of what they are", "no filter"),
-    Setting(
-        "over_sampling_batch_size",
-        lambda value, args: value is None or value <= args.rollout_batch_size,
-        "keeps the groups that are ready first, which are the short ones",
-        "over_sampling_batch_size = rollout_batch_size",
-    ),
-    Setting("partial_rollout", _is(False), "trains on tokens of earlier policies", "no --partial-rollout"),
-    Setting("group_rm", _is(False), "may make rewards relative to those of the group", "no --group-rm"),
-    Setting("rollout_temperature", _is(1), "samples from, and trains, another policy", "rollout_temperature=1.0"),
-    Setting("rollout_top_p", _is(1), "never samples unlikely tokens", "rollout_top_p=1.0"),
-    Setting(
-        "rollout_top_k", _is(-1), "never samples unlikely tokens, which the gradient counts on", "rollout_top_k=-1"
-    ),
-    Setting("hidden_dropout", _is(0), "leaves dropout on", "hidden_dropout=0.0"),
-    Setting("attention_dropout", _is(0), "leaves dropout on", "attention_dropout=0.0"),
-    Setting(
-        "clip_grad",
-        lambda value, args: not value or value >= UNCLIPPED,
-        "clips the gradient, and the more the noisier it is",
-        "clip_grad=0, which turns clipping off",
-    ),
-]
-
-
-def check_unbiased(args: Any) -> list[str]:
-    """Every setting with which slime's gradient is not, in the mean, that of the expected reward.
-
-    What no setting can change: outputs are sampled by SGLang, with other numerics than those of the gradient.
-
-    Args:
-        args: slime's; settings that it does not have are passed over.
-
-    Returns:
-        A sentence for each, as :func:`snr_optim.integrations.trl.check_unbiased` does.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> check_unbiased(SimpleNamespace(entropy_coef=0.01, partial_rollout=False))
-        ['entropy_coef=0.01 adds the entropy to the objective: set entropy_coef=0.0']
-    """
-    return [
-        f"{setting.name}={getattr(args, setting.name)!r} {setting.why}: set {setting.instead}"
-        for setting in SETTINGS
-        if hasattr(args, setting.name) and not setting.fine(getattr(args, setting.name), args)
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------- a slime Sample

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from snr_optim.integrations.settings import MISSING, Setting, findings, one_of
+from snr_optim.integrations.settings import MISSING, UNCLIPPED, Setting, findings, one_of
 
 EXACT_LOSSES = ("luspo", "dr_grpo")  # sums over tokens by constants; the other losses divide by random lengths
-UNCLIPPED = 1e6
 
 
 SETTINGS = [

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from snr_optim.integrations.settings import MISSING, Setting, findings, one_of
+from snr_optim.integrations.settings import MISSING, UNCLIPPED, Setting, findings, one_of
 from snr_optim.integrations.verl.estimators import ESTIMATORS, OPTIONS
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-UNCLIPPED = 1e6
 
 
 def _has_our_optimizer(config: Any) -> bool:
