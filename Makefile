@@ -7,8 +7,8 @@ BIN := .venv/bin
 demo: .venv/ready            ## four methods, three seeds, on two cores: table, summary.json, curves.png
 	$(BIN)/python examples/qwen3_arithmetic.py --method all --seeds 0 1 2 --jobs 2 --out runs/demo
 
-test: .venv/ready            ## everything, in random order, doctests included
-	$(BIN)/python -m pytest -q
+test: .venv/ready            ## everything, in random order, doctests included, on two cores
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: .venv/ready            ## style and types
 	$(BIN)/ruff check .
