@@ -118,7 +118,7 @@ class SNRAdaptiveLR(LRScheduler):
         self._floor_bound = torch.zeros((), dtype=torch.float64)
         self._dropped = 0
         self._attachment: Attachment | None = None
-        self._warned = self._loaded = False
+        self._warned = self._loaded = self._overwritten_before = False
         super().__init__(optimizer)
 
     # -- statistics ---------------------------------------------------------------------------------
@@ -253,6 +253,11 @@ class SNRAdaptiveLR(LRScheduler):
     def _observe_step(self, moments: list[GradientMoments], dropped: int) -> None:
         self._dropped += dropped
         self.observe(moments)
+        overwritten = self.last_epoch >= 0 and not self._in_charge()
+        # A single step may be at another lr: torch.distributed.checkpoint makes an optimizer's state by one of lr 0.
+        if overwritten and self._overwritten_before:
+            self._warn_if_overwritten()
+        self._overwritten_before = overwritten
 
     # -- learning rate ------------------------------------------------------------------------------
 
@@ -351,7 +356,8 @@ class SNRAdaptiveLR(LRScheduler):
             self._warned = True
             warnings.warn(
                 "Something other than SNRAdaptiveLR changed the learning rate since its last step. If that is "
-                "another scheduler, pass it as SNRAdaptiveLR(optimizer, schedule=...), which composes them.",
+                "another scheduler, pass it as SNRAdaptiveLR(optimizer, schedule=...), which composes them; if it was "
+                "a checkpoint of the optimizer, load that of this scheduler after it.",
                 stacklevel=3,
             )
 

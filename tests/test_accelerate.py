@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,48 @@ def test_resuming_from_save_state_is_bit_exact(found):
         straight, resumed = (found[case, processes, rank] for case in ("prepared_too", "resumed"))
         assert straight["lrs"] == resumed["lrs"]
         assert all(torch.equal(straight["weights"][name], resumed["weights"][name]) for name in straight["weights"])
+
+
+def test_an_attached_scheduler_says_so_where_others_write_the_lr():
+    """Also where nobody calls its own step(), which looks for that too."""
+
+    def steps(num, after=lambda optimizer: None):
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        snr = SNRAdaptiveLR(optimizer)
+        others = after(optimizer)
+        snr.attach(model)
+        for _ in range(num):
+            for x in (1.0, 3.0):
+                model(torch.tensor([[x]])).sum().backward()
+            optimizer.step()
+            if others is not None:
+                others.step()
+            optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match=r"schedule=\.\.\."):
+        steps(3, halving)
+    with pytest.warns(UserWarning, match="checkpoint of the optimizer"):
+        steps(3, lambda optimizer: optimizer.load_state_dict(halved(optimizer.state_dict())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(3)
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        snr = SNRAdaptiveLR(optimizer)
+        snr.attach(model)
+        warnings.filterwarnings("ignore", message="attach: at most one backward")
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        get_optimizer_state_dict(model, optimizer)  # makes the state that is not there by a step with lr 0
+        assert optimizer.param_groups[0]["lr"] == 0.1
+        for _ in range(2):
+            for x in (1.0, 3.0):
+                model(torch.tensor([[x]])).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.param_groups[0]["lr"] == 0.1 * snr.factor < 0.1
+
+
+def halved(state):
+    return state | {"param_groups": [group | {"lr": group["lr"] / 2} for group in state["param_groups"]]}
