@@ -1,4 +1,4 @@
-"""What each process of the tests of accelerate runs: ``[torchrun ...] accelerate_cases.py FOLDER``, all cases in one go.
+"""What each process of the tests of accelerate runs: ``[torchrun ...] accelerate_cases.py FOLDER``, all cases in turn.
 
 Each case is a loop as accelerate's documentation has it. What it found, one file for each case and rank, is held to
 one process that knows nothing of accelerate.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -133,7 +134,7 @@ def resumed(processes, folder):
         snr.attach(model)
         done = 2 * SUB_BATCHES // processes
         if first:
-            before = loop(accelerator, model, optimizer, [b for b, _ in zip(loader, range(done))], snr, scheduler.step)
+            before = loop(accelerator, model, optimizer, list(islice(loader, done)), snr, scheduler.step)
             accelerator.save_state(str(folder / "checkpoint"))
         else:
             accelerator.load_state(str(folder / "checkpoint"))

@@ -15,10 +15,9 @@ from torch import nn
 from snr_optim import SNRAdaptiveLR
 
 pytest.importorskip("accelerate", reason="these are its loops")
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
-
 from accelerate_cases import CASES, ROWS, STEPS, SUB_BATCHES, Model, dataset, halving, make_optimizer, run_all
 
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")
 SCRIPT = Path(__file__).with_name("accelerate_cases.py")
 
 
