@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench peers gpu clean
+.PHONY: demo test lint bench peers trainers gpu clean
 
 demo: .venv/ready            ## four methods, three seeds, on two cores: table, summary.json, curves.png
 	$(BIN)/python examples/qwen3_arithmetic.py --method all --seeds 0 1 2 --jobs 2 --out runs/demo
@@ -29,12 +29,20 @@ bench: .venv/ready           ## minutes each; then the studies that train: three
 	$(BIN)/python -m benchmarks.lr_ceilings
 	$(BIN)/python -m benchmarks.lr_range
 
-peers: .venv/ready           ## the code bases that `make bench` compares with, where they are missing
-	$(BIN)/pip install -q -c constraints.txt trl liger-kernel ray tensordict hydra-core codetiming orjson
+peers: .venv/ready           ## the code bases that `make bench` compares with and `make trainers` tests, where they are missing
+	$(BIN)/pip install -q -c constraints.txt trl liger-kernel 'ray[default]' tensordict hydra-core codetiming orjson
+	$(BIN)/pip install -q -c constraints.txt torchdata wrapt TransferQueue==0.1.10 cachetools fastapi uvicorn
 	$(BIN)/pip install -q -c constraints.txt opacus einops unfoldnd
 	$(BIN)/pip install -q --no-deps backpack-for-pytorch==1.7.1 # it wants torchvision, which it needs for examples only
 	$(BIN)/pip install -q --no-deps cut-cross-entropy==25.1.1
-	$(BIN)/pip install -q --no-deps verl==0.9.1 # its pins are older than ours; the functions compared need none
+	$(BIN)/pip install -q --no-deps verl==0.9.1 # its pins are older than ours; what is used of it needs none
+
+trainers: peers              ## the integrations, in verl and in the last three minor releases of TRL
+	$(BIN)/python -m pytest -q tests/test_integrations_*.py tests/test_example_verl.py tests/test_example_trl.py
+	for version in 1.14.2 1.15.0; do \
+		$(BIN)/pip install -q --no-deps --upgrade --target .venv/trl-$$version trl==$$version && \
+		TRITON_INTERPRET=1 PYTHONPATH=.venv/trl-$$version:. $(BIN)/python -m pytest -q tests/test_integrations_trl.py || exit 1; \
+	done
 
 gpu: OUT ?= runs/gpu
 gpu:                         ## tests and benchmarks on the accelerator of this machine, with its own torch
@@ -47,6 +55,8 @@ gpu:                         ## tests and benchmarks on the accelerator of this 
 	$(PYTHON) -m benchmarks.per_sample_norms --device cuda --turns 3 --out $(OUT)
 	$(PYTHON) -m benchmarks.attach_overhead --device cuda --steps 20 --out $(OUT)
 	$(PYTHON) -m benchmarks.baseline_speed --device cuda --out $(OUT)
+	PYTHONPATH=. $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 examples/ddp_fsdp.py \
+		--parallel fsdp --steps 20 --out $(OUT)/ddp_fsdp
 	PYTHONPATH=. $(PYTHON) examples/qwen3_arithmetic.py --device cuda --steps 50 --out $(OUT)/qwen3_arithmetic
 
 .venv/ready: pyproject.toml constraints.txt
