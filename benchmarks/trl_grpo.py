@@ -15,12 +15,13 @@ is timed by itself.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -38,7 +39,7 @@ from snr_optim.integrations.trl import OBLRTrainerMixin
 sys.path.insert(0, str(ROOT / "examples"))
 from trl_grpo import arithmetic_task, make_trainer, parse_arguments
 
-LRS = {"grpo": [1e-4, 2e-4, 5e-4, 2e-3], "oblr-po": [5e-4, 1e-3, 2e-3, 4e-3]}
+LRS = {"grpo": [2e-4, 5e-4, 2e-3], "oblr-po": [1e-3, 2e-3, 4e-3]}
 
 # ---------------------------------------------------------------------------------------------------------- learning
 
@@ -102,7 +103,7 @@ SHAPES = {  # hidden, intermediate, layers, heads
     "25M": (512, 1536, 8, 8),
 }
 PROMPTS, GROUP, MICRO_BATCHES, TOKENS = 8, 8, 4, 16
-TURNS = {"tiny": (12, 5), "3M": (8, 4), "25M": (3, 2)}  # of each kind; measured steps in each, after one to warm up
+TURNS = {"tiny": (10, 5), "3M": (6, 4), "25M": (3, 2)}  # of each kind; measured steps in each, after one to warm up
 
 
 class Timed(GRPOTrainer):
@@ -250,36 +251,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("learning", "time"), help="half of it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=2, help="runs of the first half at the same time")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--turns", type=int, help="of each kind (default: 12 of tiny, 8 of 3M, 3 of 25M)")
+    parser.add_argument("--turns", type=int, help="of each kind (default: 10 of tiny, 6 of 3M, 3 of 25M)")
     parser.add_argument("--out", type=Path, default=Path("runs/trl_grpo_bench"))
+    parser.add_argument("--resume", action="store_true", help="measure only what --out lacks")
     args = parser.parse_args()
     origin = environment(torch.device("cpu")) | {name: version(name) for name in ("trl", "transformers", "accelerate")}
     args.out.mkdir(parents=True, exist_ok=True)
-    tables: dict[str, list[dict[str, Any]]] = {}
+    path = args.out / "trl_grpo.json"
+    found = json.loads(path.read_text()) if args.resume and path.exists() else {}
+    timed, rows = found.get("time", []), found.get("runs", [])
+
+    def save() -> None:
+        rows.sort(key=lambda row: (row["method"], row["lr"], row["seed"]))
+        write_json(path, "trl_grpo", origin, time=timed, learning=summary(rows), runs=rows)
+
     if args.only != "learning":
         torch.set_num_threads(1)
         turns = {shape: args.turns or TURNS[shape][0] for shape in args.shapes}
+        turns = {shape: num for shape, num in turns.items() if shape not in {row["shape"] for row in timed}}
         with progress(sum(turns.values())) as report:
-            tables["time"] = [measure(shape, turns[shape], report) for shape in args.shapes]
-        print_table(tables["time"], list(tables["time"][0]))
+            for shape, num in turns.items():
+                timed.append(measure(shape, num, report))
+                save()
+        print_table(timed, list(timed[0]))
     if args.only != "time":
         starts = prepare(args.out, args.seeds)
         settings = [
             Setting(method, lr, seed, args.steps) for seed in args.seeds for method, lrs in LRS.items() for lr in lrs
         ]
-        rows: list[dict[str, Any]] = []
-        log = args.out / "runs.jsonl"
-        log.write_text("")
-        jobs = [(setting, starts[setting.seed]) for setting in settings]
-        run_missing(learn, jobs, rows, log, args.jobs, lambda row: f"{row['method']} {row['lr']:g}")
-        rows.sort(key=lambda row: (row["method"], row["lr"], row["seed"]))
-        tables["learning"] = summary(rows)
-        print_table(tables["learning"], list(tables["learning"][0]))
-        tables["runs"] = rows
-    write_json(args.out / "trl_grpo.json", "trl_grpo", origin, **tables)
+        done = [Setting(*(row[field.name] for field in fields(Setting))) for row in rows]
+        jobs = [(setting, starts[setting.seed]) for setting in settings if setting not in done]
+        run_missing(learn, jobs, rows, args.out / "runs.jsonl", args.jobs, lambda row: f"{row['method']} {row['lr']:g}")
+        save()
+        print_table(summary(rows), list(summary(rows)[0]))
 
 
 if __name__ == "__main__":
