@@ -19,6 +19,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from statistics import mean
@@ -275,7 +276,8 @@ def main() -> None:
     args = parse_arguments()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # one per step, about TRL's calls
     checkpoint = last_checkpoint(args)
-    with interruptible():
+    # Processes must stop at the same step, and torchrun gives them no time to agree: they go on from a checkpoint.
+    with interruptible() if world_size() == 1 else nullcontext():
         task = file_task(args) if args.model else arithmetic_task(args, warm=checkpoint is None)
         trainer = make_trainer(args, *task)
         trainer.remove_callback(PrinterCallback)
