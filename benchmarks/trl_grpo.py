@@ -20,7 +20,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -30,9 +31,11 @@ import torch
 from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.attach_overhead import Clock
 from benchmarks.harness import ROOT, environment, print_table, progress, version, write_json
 from benchmarks.lr_range import LAST, prepare, run_missing
+from snr_optim import AccumulationSource
+from snr_optim.attachment import Attachment
+from snr_optim.integrations.scaled_steps import ScaledSteps
 from snr_optim.integrations.transformers import SNRCallback
 from snr_optim.integrations.trl import OBLRTrainerMixin
 
@@ -140,18 +143,36 @@ class TimedOBLR(OBLRTrainerMixin, Timed):
         return self.timed("weights", super().gradient_weights, batch)  # type: ignore[no-any-return]
 
 
-class Hooks(Clock):
-    """CPU seconds inside the hooks on the gradients."""
+OURS = (  # all that runs in a step by the callback
+    (AccumulationSource, "_on_gradient"), (AccumulationSource, "_on_end"), (Attachment, "_on_step"),
+    (ScaledSteps, "_on_begin"), (ScaledSteps, "_on_end"),
+    (SNRCallback, "on_optimizer_step"), (SNRCallback, "on_step_end"), (SNRCallback, "on_log"),
+)  # fmt: skip
 
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any) -> Any:
+
+@contextmanager
+def callback_clock() -> Iterator[list[float]]:
+    """CPU seconds of each call of what the callback has put into the step."""
+    spent: list[float] = []
+    originals = [(cls, name, getattr(cls, name)) for cls, name in OURS]
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             start = time.process_time()
             try:
-                return function(*args)
+                return function(*args, **kwargs)
             finally:
-                self.seconds += time.process_time() - start
+                spent.append(time.process_time() - start)
 
-        return timed
+        return wrapper
+
+    for cls, name, original in originals:
+        setattr(cls, name, timed(original))
+    try:
+        yield spent
+    finally:
+        for cls, name, original in originals:
+            setattr(cls, name, original)
 
 
 class Steps(TrainerCallback):
@@ -207,7 +228,7 @@ def turn(shape: str, kind: str, measured: int, folder: str) -> dict[str, float]:
         model, reward, config, train_dataset=data, processing_class=tokenizer, callbacks=[*callbacks(), steps]
     )
     trainer.remove_callback(PrinterCallback)
-    with Hooks() as hooks:
+    with callback_clock() as callback:
         trainer.train()
     done, spent = measured + 1, trainer.seconds
     ours = spent["our_batch"] - spent["their_batch"] - spent["weights"] + spent["our_inputs"] - spent["their_inputs"]
@@ -217,7 +238,7 @@ def turn(shape: str, kind: str, measured: int, folder: str) -> dict[str, float]:
         "cpu": cpu,
         "weights": spent["weights"] / done,
         "mixin": ours / done if kind == "both" else 0.0,
-        "hooks": hooks.seconds / done,
+        "callback": sum(callback) / done,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
@@ -255,7 +276,7 @@ def measure(shape: str, turns: int, report: Callable[[str], None]) -> dict[str, 
         "both_paired_cpu": share("cpu", "both"),
         "besides_weights_paired_cpu": share("cpu", "both", "weights"),
         "weights_inside": inside("weights"),
-        "hooks_inside": inside("hooks"),
+        "callback_inside": inside("callback"),
         "mixin_inside": inside("mixin"),
     }
 
