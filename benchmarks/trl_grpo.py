@@ -1,6 +1,6 @@
 """TRL's GRPO with and without the two lines: reward, spread of the gradient norm, and what a step costs.
 
-    python -m benchmarks.trl_grpo                              # 15 minutes on two cores
+    python -m benchmarks.trl_grpo                              # 20 minutes on two cores
     python -m benchmarks.trl_grpo --only time --shapes tiny    # a minute
 
 Learning: ``examples/trl_grpo.py``'s arithmetic, where both methods start from the same weights and see the same
@@ -42,7 +42,7 @@ from snr_optim.integrations.trl import OBLRTrainerMixin
 sys.path.insert(0, str(ROOT / "examples"))
 from trl_grpo import arithmetic_task, make_trainer, parse_arguments
 
-LRS = {"grpo": [2e-4, 5e-4, 2e-3], "oblr-po": [1e-3, 2e-3, 4e-3]}
+LRS = {"grpo": [1e-4, 2e-4, 5e-4, 2e-3], "oblr-po": [5e-4, 1e-3, 2e-3, 4e-3]}
 
 # ---------------------------------------------------------------------------------------------------------- learning
 

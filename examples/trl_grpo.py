@@ -47,7 +47,7 @@ DEFAULTS = {  # with the built-in task, with --model and --dataset
     "warm_up": (20, 20),
     "max_completion_length": (7, 1024),
 }
-LRS = {"oblr-po": (2e-3, 8e-6), "grpo": (2e-4, 1e-6)}
+LRS = {"oblr-po": (1e-3, 8e-6), "grpo": (2e-4, 1e-6)}
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 LAST = 20  # steps in the mean that is called the final reward
 SHOWN = ("reward", "learning_rate", "snr/factor", "grad_norm", "completions/mean_length")

@@ -58,7 +58,7 @@ def test_resume_repeats_the_run_and_other_settings_are_refused(tmp_path, monkeyp
     run(monkeypatch, "--steps", 2, "--out", resumed)
     with pytest.raises(SystemExit, match="has checkpoints; add --resume"):
         run(monkeypatch, "--steps", 4, "--out", resumed)
-    with pytest.raises(SystemExit, match=r"was made with lr 0\.002$"):
+    with pytest.raises(SystemExit, match=r"was made with lr 0\.001$"):
         run(monkeypatch, "--steps", 4, "--out", resumed, "--resume", "--lr", 0.5)
     with (resumed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
@@ -217,5 +217,5 @@ def test_the_table_of_the_page_is_the_measured_one():
         final, spread = f"{row['final']:.3f} ± {row['final_std']:.3f}", f"{row['grad_norm_spread']:.2f}"
         assert f"| {name} | {row['lr']:.0e} | {final} | {spread} |".replace("e-0", "e-") in PAGE
     for row in result["time"]:
-        cells = [f"{100 * row[name]:.1f} %" for name in ("weights_inside", "hooks_inside", "mixin_inside")]
+        cells = [f"{100 * row[name]:.1f} %" for name in ("weights_inside", "callback_inside", "mixin_inside")]
         assert " | ".join(cells) in PAGE
