@@ -24,6 +24,7 @@ bench: .venv/ready           ## minutes each; then the studies that train: three
 	$(BIN)/python -m benchmarks.linear_grad_norms --out runs/bench
 	$(BIN)/python -m benchmarks.per_sample_norms --out runs/bench
 	$(BIN)/python -m benchmarks.proxy_fidelity --out runs/bench
+	$(BIN)/python -m benchmarks.trl_grpo --out runs/bench
 	$(BIN)/python -m benchmarks.baseline_variance
 	$(BIN)/python -m benchmarks.learning_curves
 	$(BIN)/python -m benchmarks.lr_ceilings
