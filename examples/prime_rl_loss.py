@@ -66,7 +66,10 @@ def gradient_weight(trace: Any) -> float:
 
 def group_advantages(baseline: GradWeightedBaseline, traces: list[Any]) -> list[float]:
     """Of the outputs of one prompt, from which the baseline then learns."""
-    rewards = torch.tensor([trace.reward for trace in traces], dtype=torch.float64)
+    if not traces:
+        return []
+    unscored = float("nan")  # advantage 0
+    rewards = torch.tensor([unscored if t.reward is None else t.reward for t in traces], dtype=torch.float64)
     weights = torch.tensor([gradient_weight(trace) for trace in traces], dtype=torch.float64)
     advantages: list[float] = baseline.advantages(rewards, weights, groups=len(traces), update=True).tolist()
     return advantages

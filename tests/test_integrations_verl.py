@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -135,6 +137,15 @@ def test_rows_that_pad_the_batch_change_nothing_and_have_no_advantage():
         assert torch.equal(value, found[1][1]["_extra_state"][name]), name
 
 
+def test_a_reward_at_a_token_that_is_not_trained_on_counts():
+    data = batch()  # verl puts it at the last token, which may be a tool's, or rejected
+    data.batch["response_mask"][torch.arange(20), data.batch["response_mask"].sum(1) - 1] = 0
+    data.batch["response_mask"][:, 0] = 1
+    theirs = advantages(DataProto(data.batch.clone(), dict(data.non_tensor_batch)), "rloo")
+    found = advantages(data, "oblr_po", {"snr_optim": {"weights": "none"}})
+    assert torch.allclose(found, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_importance_weights_between_rollout_and_training_weigh_twice():
     data, token = batch(), torch.rand(20, 6) + 0.5
     data.batch["rollout_is_weights"] = token
@@ -143,6 +154,47 @@ def test_importance_weights_between_rollout_and_training_weigh_twice():
     w = (1 - 2 * folded.batch["old_log_probs"].exp() + folded.batch["sum_pi_squared"]) * token**2
     folded.batch["sum_pi_squared"] = w + 2 * folded.batch["old_log_probs"].exp() - 1
     assert torch.allclose(found, advantages(folded, "oblr_po"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("old_log_probs", math.nan), ("token_level_rewards", math.inf)])
+def test_rows_that_are_not_finite_are_said_and_count_nowhere(name, value):
+    data, without = batch(), batch()
+    token = int(data.batch["response_mask"][3].sum()) - 1
+    data.batch[name][3, token] = value
+    without.batch["response_mask"][3] = 0
+    with pytest.warns(UserWarning, match=r"NaN or infinite in 1 rows"):
+        found = advantages(data, "oblr_po")
+    assert torch.equal(found, advantages(without, "oblr_po"))
+    assert (found[3] == 0).all()
+
+
+def test_weights_below_zero_by_rounding_count_as_zero():
+    data = batch()
+    data.batch["old_log_probs"][:] = 0.0
+    data.batch["sum_pi_squared"][:] = 1 - 1e-6
+    assert torch.allclose(advantages(data, "oblr_po"), advantages(batch(), "rloo"), atol=1e-6)  # all alike: RLOO
+
+
+def test_lengths_as_weights():
+    data = batch()
+    config = {"snr_optim": {"weights": "length", "scope": "group"}}
+    groups = torch.tensor([int(uid.split()[1]) for uid in data.non_tensor_batch["uid"]])
+    rewards, lengths = data.batch["token_level_rewards"].sum(1), data.batch["response_mask"].sum(1)
+    expected = GradWeightedBaseline("group").advantages(rewards, lengths.float(), groups=groups)
+    assert torch.allclose(advantages(data, "grad_weighted", config)[:, 0], expected, atol=1e-6)
+
+
+def test_a_batch_without_a_mask_gets_verls():
+    data = batch()
+    data.batch["responses"] = torch.zeros(20, 6)
+    data.batch["attention_mask"] = torch.cat([torch.ones(20, 2), data.batch["response_mask"]], dim=1)
+    del data.batch["response_mask"]
+    assert torch.equal(advantages(data, "oblr_po"), advantages(batch(), "oblr_po"))
+
+
+def test_arguments_by_position_are_those_of_verl():
+    by_position = ray_trainer.compute_advantage(batch(), "oblr_po", 1.0, 1.0, 4, True, {}).batch["advantages"]
+    assert torch.equal(by_position, advantages(batch(), "oblr_po"))
 
 
 def test_what_is_missing_or_unknown_is_named_with_the_way_out():
@@ -236,7 +288,7 @@ def test_the_v1_trainer_asks_its_actor_for_the_weights_and_hands_them_on(monkeyp
     assert asked[0]["calculate_sum_pi_squared"] is True
     assert "calculate_sum_pi_squared" not in meta.extra_info  # the training pass would compute it again
     trainer._compute_advantage(meta, metrics)
-    expected = advantages(batch(), "grad_weighted")  # a second batch: the baseline knows the first
+    assert trainers._beside.get() is None
     estimators._baselines.clear()
     expected = advantages(batch(), "grad_weighted")
     found = torch.nested.to_padded_tensor(queue["advantages"], 0.0)
@@ -252,6 +304,20 @@ def test_the_v1_trainer_does_as_before_with_estimators_of_its_own(monkeypatch):
     found = torch.nested.to_padded_tensor(queue["advantages"], 0.0)
     assert torch.allclose(found, advantages(batch(), "grpo"), atol=1e-5)
     assert not any(name.startswith("baseline/") for name in metrics)
+
+
+@pytest.mark.parametrize("settings", [["+algorithm.snr_optim.weights=length"], []])
+def test_the_v1_trainer_asks_for_weights_only_where_the_config_does(monkeypatch, settings):
+    data = batch()
+    config = configuration(*OURS, f"{ACTOR}.calculate_sum_pi_squared=false", *settings)
+    trainer, meta, _, asked = v1_trainer(monkeypatch, data, config)
+    meta = trainer._compute_old_log_prob(meta, {})
+    assert "calculate_sum_pi_squared" not in asked[0]
+    if settings:
+        trainer._compute_advantage(meta, {})
+    else:
+        with pytest.raises(ValueError, match="sum_pi_squared not in the batch"):
+            trainer._compute_advantage(meta, {})
 
 
 def test_several_outputs_of_one_session_are_refused(monkeypatch):
@@ -278,6 +344,18 @@ def test_checkpoints_keep_what_the_baseline_has_learned(kind, tmp_path, monkeypa
     load(trainer)
     assert torch.equal(advantages(batch(seed=1), "grad_weighted"), expected)
     assert saved == loaded == [7]
+    OmegaConf.update(config, "trainer.resume_mode", "resume_path")
+    OmegaConf.update(config, "trainer.resume_from_path", str(tmp_path / "elsewhere" / "global_step_7"))
+    estimators._baselines.clear()
+    load(trainer)
+    assert estimators.baseline_of("grad_weighted") is None  # there is none
+    OmegaConf.update(config, "trainer.resume_from_path", str(tmp_path / "global_step_7"))
+    OmegaConf.update(config, "algorithm.snr_optim", {"scope": "batch"}, force_add=True)
+    with pytest.raises(ValueError, match=r"snr_optim_baseline\.pt: .*Resume with the algorithm\.snr_optim"):
+        load(trainer)
+    other = SimpleNamespace(config=configuration("algorithm.adv_estimator=grpo"), global_steps=7)
+    save(other)  # writes nothing: another folder, and another estimator
+    assert not Path(other.config.trainer.default_local_dir).exists()
 
 
 # -- configs --------------------------------------------------------------------------------------------------
@@ -286,9 +364,11 @@ def test_checkpoints_keep_what_the_baseline_has_learned(kind, tmp_path, monkeypa
 def test_check_names_what_cannot_work_and_what_is_biased(capsys):
     assert check_required(configuration(*OURS)) == []
     assert check_unbiased(configuration(*OURS, *UNBIASED)) == []
-    [finding] = check_required(configuration("algorithm.adv_estimator=oblr_po"))
-    assert finding.endswith(f"set {ACTOR}.calculate_sum_pi_squared=True")
-    assert check_required(configuration("algorithm.adv_estimator=oblr_po", "+algorithm.snr_optim.weights=none")) == []
+    [none, alone] = check_required(configuration("algorithm.adv_estimator=oblr_po"))
+    assert "rollout.n=1 leaves no other output" in alone
+    assert none.endswith(f"set {ACTOR}.calculate_sum_pi_squared=True")
+    weighted = ["algorithm.adv_estimator=grad_weighted", "+algorithm.snr_optim.weights=none"]
+    assert check_required(configuration(*weighted)) == []
     assert check_required(configuration("algorithm.adv_estimator=grpo")) == []
     optimizer = [f"{ACTOR}.optim.optimizer_impl=snr_optim.integrations.verl", f"{ACTOR}.optim.optimizer=SNRAdamW"]
     [finding] = check_required(configuration(*optimizer))
@@ -300,7 +380,9 @@ def test_check_names_what_cannot_work_and_what_is_biased(capsys):
         f"{ACTOR}.policy_loss.loss_mode": "gspo", "algorithm.use_kl_in_reward": True,
         "algorithm.filter_groups.enable": True, "algorithm.use_pf_ppo": True,
         "algorithm.rollout_correction.rollout_rs": "token_k1", "algorithm.rollout_correction.rollout_is": "token",
-        "trainer.v1.trainer_mode": "colocate_async", "actor_rollout_ref.rollout.temperature": 0.7,
+        "distillation.enabled": True, "actor_rollout_ref.rollout.do_sample": False,
+        "algorithm.rollout_correction.bypass_mode": True, "trainer.v1.trainer_mode": "colocate_async",
+        "actor_rollout_ref.rollout.temperature": 0.7,
         "actor_rollout_ref.rollout.top_p": 0.9, "actor_rollout_ref.rollout.top_k": 50,
     }  # fmt: skip
     good = configuration(*OURS, *UNBIASED)
@@ -312,6 +394,10 @@ def test_check_names_what_cannot_work_and_what_is_biased(capsys):
         OmegaConf.update(good, name, before)
         assert finding.startswith(f"{name}={value!r} ")
         assert f"set {name}" in finding
+    OmegaConf.update(good, f"{ACTOR}.loss_agg_mode", "seq-mean-token-sum-norm")  # by the longest of a micro-batch
+    assert check_unbiased(good)
+    OmegaConf.update(good, f"{ACTOR}.loss_scale_factor", 512)
+    assert check_unbiased(good) == []
 
 
 def test_the_command_finds_its_way_into_verl_and_reads_a_config(capsys):
@@ -322,9 +408,22 @@ def test_the_command_finds_its_way_into_verl_and_reads_a_config(capsys):
     assert "algorithm.adv_estimator=grad_weighted" in out
     assert main(["check", "algorithm.adv_estimator=oblr_po", f"{ACTOR}.use_dynamic_bsz=True"]) == 1
     assert "PROBLEM  actor_rollout_ref.actor.calculate_sum_pi_squared=False" in capsys.readouterr().out
-    for wrong in ("no.such.setting=1", f"{ACTOR}.optim.optimizer=3"):
-        assert main(["check", *OURS, *UNBIASED, wrong]) == 1
-        assert "verl does not accept the config" in capsys.readouterr().out
+    assert main(["check", *OURS, *UNBIASED, "no.such.setting=1"]) == 1
+    assert "verl does not accept the config" in capsys.readouterr().out
+    optimizer = [f"{ACTOR}.strategy=fsdp2", f"{ACTOR}.optim.optimizer_impl=snr_optim.integrations.verl"]
+    for wrong, said in {
+        f"{ACTOR}.optim.optimizer=SNRAdam": "SNRAdam",
+        f"{ACTOR}.optim.override_optimizer_config={{snr: {{floor: 1}}}}": "floor",
+        "+algorithm.snr_optim.scop=group": "scop",
+    }.items():
+        assert main(["check", *OURS, *UNBIASED, *optimizer, f"{ACTOR}.optim.optimizer=SNRAdamW", wrong]) == 1
+        assert re.search(rf"PROBLEM .*{said}", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("policy", "code"), [("none", 1), ("other, snr_optim", 0)])
+def test_the_command_says_whether_verl_loads_us(policy, code, monkeypatch, capsys):
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", policy)
+    assert main(["check"]) == code
 
 
 def test_a_version_of_verl_that_is_laid_out_differently_is_said_and_left_alone(caplog):
@@ -347,9 +446,24 @@ def test_an_optimizer_that_nobody_attached_does_not_step():
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = SNRAdamW([parameter], lr=0.1)
     parameter.grad = torch.ones(2)
-    with pytest.raises(RuntimeError, match=r"SNRAdamW: nobody has called attach\(model\)"):
-        optimizer.step()
+    for each in (optimizer, pickle.loads(pickle.dumps(optimizer))):
+        with pytest.raises(RuntimeError, match=r"SNRAdamW: nobody has called attach\(model\)"):
+            each.step()
     assert torch.equal(parameter, torch.ones(2))
+    with pytest.raises(TypeError, match="floor"):
+        SNRAdamW([parameter], lr=0.1, snr={"floor": 0.1})
+
+
+def test_a_function_is_replaced_once_and_only_if_it_has_the_parameters():
+    owner = type("Owner", (), {"step": lambda self, x: x})
+    double = lambda original: lambda self, x: 2 * original(self, x)  # noqa: E731
+    for _ in range(2):
+        replacing.replace(owner, "step", double, ["self", "x"])
+    assert owner().step(1) == 2
+    before = dict(replacing.problems)
+    replacing.replace(type("Owner", (), {"step": lambda self, y: y}), "step", double, ["x"])
+    [where] = replacing.problems.keys() - before.keys()
+    assert replacing.problems.pop(where) == "has no parameter x"
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -16,6 +16,18 @@ from snr_optim.backward import is_nested_step
 from snr_optim.scheduler import SNRAdaptiveLR, copy_of, write_lrs
 
 
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options for :class:`ScaledSteps` before there is a model.
+
+    Raises:
+        TypeError: ``schedule``, or an option that :class:`SNRAdaptiveLR` does not have.
+        ValueError: what :class:`SNRAdaptiveLR` raises.
+    """
+    if "schedule" in options:
+        raise TypeError("schedule: the trainer's own scheduler is the ceiling; choose it there")
+    SNRAdaptiveLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), **options)
+
+
 class ScaledSteps:
     r"""Every ``optimizer.step()`` runs at the lr that it finds, times the factor of its own batch.
 

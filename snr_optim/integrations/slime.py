@@ -88,6 +88,8 @@ class SlimeAdvantages:
                 ``rollout_log_probs``; samples of one ``rollout_id`` with several rewards or groups.
         """
         self._check(args)
+        if not samples:
+            return [], []
         rewards = [_reward(args, sample) for sample in samples]
         outputs, first = _outputs(samples)
         index = torch.tensor(outputs)
@@ -121,6 +123,8 @@ class SlimeAdvantages:
         Raises:
             ValueError: it has no log-probs for all of its tokens.
         """
+        if not mask.any():  # aborted, or removed: nothing to train on
+            return 0.0
         log_probs = sample.rollout_log_probs
         if log_probs is None or len(log_probs) != len(mask):
             raise ValueError(

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from snr_optim.integrations.scaled_steps import ScaledSteps
+from snr_optim.integrations.scaled_steps import ScaledSteps, check_options
 from snr_optim.scheduler import SNRAdaptiveLR
 
 
@@ -69,7 +69,7 @@ class SNRCallback(TrainerCallback, ExportableState):
                 "schedule: the Trainer's own scheduler is the ceiling; choose it by lr_scheduler_type, or "
                 "Trainer(optimizers=(optimizer, scheduler))"
             )
-        SNRAdaptiveLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), **options)  # refuses bad options now
+        check_options(options)
         self.options = options
         self.scheduler: SNRAdaptiveLR | None = None
         self.statistics: dict[str, Any] | None = None  # set by a Trainer that restores callbacks from a checkpoint

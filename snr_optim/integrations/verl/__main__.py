@@ -6,12 +6,16 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from snr_optim.integrations.verl.estimators import ESTIMATORS
-from snr_optim.integrations.verl.settings import check_required, check_unbiased
+import torch
+
+from snr_optim.integrations.verl.estimators import ESTIMATORS, check_estimator
+from snr_optim.integrations.verl.settings import ACTOR, check_required, check_unbiased, has_our_optimizer
+from snr_optim.integrations.verl.trainers import ours
 
 TESTED = "0.9.1"
 
@@ -52,7 +56,8 @@ def check_installation() -> list[str]:
         "entry point verl.plugins: snr_optim" + ("" if entries else " is missing; install snr-optim again"),
     )
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
-    loaded = policy.strip().lower() == "auto" or any(entry.name in policy.split(",") for entry in entries)
+    names = {name.strip() for name in policy.lower().split(",")}  # as verl reads it
+    loaded = names == {"auto"} or any(entry.name in names for entry in entries)
     say(loaded, f"VERL_USE_EXTERNAL_PLUGINS={policy}" + ("" if loaded else " leaves snr_optim out"))
 
     try:
@@ -83,23 +88,49 @@ def check_config(name: str, overrides: list[str], folder: Path | None = None) ->
     from verl.utils.config import validate_config
 
     theirs, search = "verl.trainer.config", []
-    found: Any = initialize_config_module(theirs, version_base=None)
-    if folder is not None:
+    if folder is None:  # one or the other: each is initialized when it is made
+        found: Any = initialize_config_module(theirs, version_base=None)
+    else:
         found = initialize_config_dir(str(folder.resolve()), version_base=None)
         search = [f"hydra.searchpath=[pkg://{theirs}]"]
     try:
         with found:
             config = compose(name, overrides=[*search, *overrides])
-        validate_config(config, need_reference_policy(config), need_critic(config))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # verl's, that there is no critic
+            validate_config(config, need_reference_policy(config), need_critic(config))
     except (HydraException, AssertionError, ValueError, TypeError) as error:
         problem = f"verl does not accept the config: {error}"
         print(f"PROBLEM  {problem}")
         return [problem]
-    problems = check_required(config)
+    problems = check_required(config) + _unknown_names(config)
     for problem in problems:
         print(f"PROBLEM  {problem}")
     for finding in check_unbiased(config):
         print(f"biased   {finding}")
+    return problems
+
+
+def _unknown_names(config: Any) -> list[str]:
+    """Of our estimators' options, and of optimizers and theirs: verl would find them when the run has begun."""
+    from omegaconf import OmegaConf
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.config.optimizer import build_optimizer
+
+    problems = []
+    name = ours(config)
+    try:
+        if name is not None:
+            check_estimator(name, config.algorithm)
+    except ValueError as error:
+        problems.append(str(error))
+    for role in (ACTOR, "critic"):
+        if has_our_optimizer(config, role):
+            settings = OmegaConf.select(config, f"{role}.optim")
+            try:
+                build_optimizer([torch.nn.Parameter(torch.zeros(1))], omega_conf_to_dataclass(settings))
+            except Exception as error:
+                problems.append(f"{role}.optim: {error}")
     return problems
 
 

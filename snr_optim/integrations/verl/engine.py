@@ -3,7 +3,8 @@
 Here: replacements for methods of ``FSDPEngine``, each of which does as before unless ``optim.optimizer`` is ours.
 
 Every micro-batch of every rank is a sub-batch, seen whole before it is reduce-scattered, whether the engine defers the
-reduction or not; its size is its number of sequences, as verl divides all losses by numbers of the whole batch.
+reduction or not. Its size is its number of sequences, padding not counted: losses are sums over them, divided by
+numbers of the whole batch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from snr_optim.integrations.scaled_steps import ScaledSteps
-from snr_optim.integrations.verl.replacing import replace
+from snr_optim.integrations.verl.optimizers import Measured
+from snr_optim.integrations.verl.replacing import problems, replace
 
 
 def change_fsdp_engine(module: Any) -> None:
@@ -27,6 +29,9 @@ def change_fsdp_engine(module: Any) -> None:
     replace(engine, "train_batch", _with_metrics, ["self", "data"])
 
 
+KEY = "snr_optim"  # in the state of verl's scheduler
+
+
 class Ceiling:
     """verl's lr scheduler, which goes on scheduling the ceiling, and what is said of it: the lr of the last step."""
 
@@ -34,6 +39,8 @@ class Ceiling:
         self._schedule, self._steps = schedule, steps
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)  # before __init__, as when it is copied
         return getattr(self._schedule, name)
 
     def get_last_lr(self) -> list[float]:
@@ -42,25 +49,33 @@ class Ceiling:
 
     def state_dict(self) -> dict[str, Any]:
         """Theirs, and the statistics beside it."""
-        return {**self._schedule.state_dict(), "snr_optim": self._steps.state_dict()}
+        ours = {"epoch": self._schedule.last_epoch, "steps": self._steps.state_dict()}
+        return {**self._schedule.state_dict(), KEY: ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A checkpoint that was made without us starts the statistics anew."""
-        theirs = {name: value for name, value in state_dict.items() if name != "snr_optim"}
-        self._schedule.load_state_dict(theirs)
-        if "snr_optim" in state_dict:
-            self._steps.load_state_dict(state_dict["snr_optim"])
+        ours = state_dict.get(KEY)
+        self._schedule.load_state_dict({name: value for name, value in state_dict.items() if name != KEY})
+        # torch's schedulers carry along what they do not know: of an earlier part of the run it says nothing.
+        if ours is not None and ours["epoch"] == self._schedule.last_epoch:
+            self._steps.load_state_dict(ours["steps"])
 
 
 def _steps_of(engine: Any) -> ScaledSteps | None:
-    steps = getattr(getattr(engine, "optimizer", None), "steps", None)
-    return steps if isinstance(steps, ScaledSteps) else None
+    optimizer = getattr(engine, "optimizer", None)
+    return optimizer.steps if isinstance(optimizer, Measured) else None
 
 
 def _attaching(original: Callable[..., Any]) -> Callable[..., Any]:
     def build_optimizer(self: Any, module: Any) -> Any:
         optimizer = original(self, module)
-        if hasattr(optimizer, "attach"):
+        if isinstance(optimizer, Measured):
+            unknown = [where for where in problems if ".fsdp." in where]
+            if unknown:
+                raise RuntimeError(
+                    f"optim.optimizer={type(optimizer).__name__}: this version of verl is laid out differently "
+                    f"({', '.join(unknown)}); use one of those tested, or optim.optimizer=AdamW"
+                )
             if getattr(self, "ulysses_sequence_parallel_size", 1) > 1:
                 raise RuntimeError(
                     "ulysses_sequence_parallel_size: parts of a sequence are no independent sub-batches; set it to 1, "
@@ -70,8 +85,7 @@ def _attaching(original: Callable[..., Any]) -> Callable[..., Any]:
                 optimizer.attach(module)
             except RuntimeError as error:
                 raise RuntimeError(
-                    f"optim.optimizer={type(optimizer).__name__}: {error}. In verl: "
-                    "actor_rollout_ref.actor.strategy=fsdp2"
+                    f"optim.optimizer={type(optimizer).__name__}: {error}. In verl: strategy=fsdp2 of actor or critic"
                 ) from error
         return optimizer
 
@@ -80,8 +94,10 @@ def _attaching(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _telling_the_lr(original: Callable[..., Any]) -> Callable[..., Any]:
     def build_lr_scheduler(self: Any, optimizer: Any) -> Any:
-        schedule, steps = original(self, optimizer), getattr(optimizer, "steps", None)
-        return Ceiling(schedule, steps) if isinstance(steps, ScaledSteps) else schedule
+        schedule = original(self, optimizer)
+        if isinstance(optimizer, Measured) and optimizer.steps is not None:
+            return Ceiling(schedule, optimizer.steps)
+        return schedule
 
     return build_lr_scheduler
 
@@ -89,8 +105,9 @@ def _telling_the_lr(original: Callable[..., Any]) -> Callable[..., Any]:
 def _around_backward(original: Callable[..., Any]) -> Callable[..., Any]:
     @contextmanager
     def gradient_sync_context(self: Any, **kwargs: Any) -> Iterator[None]:
+        # verl enters this around forward_step and backward(). The first knows the size, and opens the sub-batch here.
         with ExitStack() as micro_batch, original(self, **kwargs):
-            self._snr_micro_batch = micro_batch  # where forward_step, which knows the size, opens a sub-batch
+            self._snr_micro_batch = micro_batch
             try:
                 yield
             finally:
@@ -102,8 +119,11 @@ def _around_backward(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_size(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward_step(self: Any, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
         steps, around = _steps_of(self), getattr(self, "_snr_micro_batch", None)
-        if steps is not None and around is not None and not forward_only:
-            around.enter_context(steps.handle.sub_batch(size=len(micro_batch)))
+        if steps is not None and not forward_only:
+            if around is None:
+                raise RuntimeError(f"{type(self).__name__}: its backward pass is not where verl has it; use AdamW")
+            trained = sum(bool(row.any()) for row in micro_batch["loss_mask"].unbind())
+            around.enter_context(steps.handle.sub_batch(size=max(trained, 1)))
         return original(self, micro_batch, loss_function, forward_only)
 
     return forward_step

@@ -5,6 +5,7 @@ Here: from the tensors that verl has of a batch to advantages. How they get here
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,7 +39,8 @@ def grad_weighted(
 
     ``r`` is the sum of a row's ``token_level_rewards``, ``w`` the stand-in of :func:`~snr_optim.logit_grad_norms` for
     the norm of its gradient, from what verl computes beside the old log-probs; ``c`` are its importance weights between
-    rollout and training, 1 without. Rows without any response token, such as verl's padding, are not scored.
+    rollout and training, 1 without. Rows without a token that is trained on, such as verl's padding, are not scored:
+    advantage 0, and no part of any baseline. Nor are those whose reward or weight is NaN or infinite, with a warning.
 
     ``+algorithm.snr_optim={scope: ..., kappa: ..., decay: ..., weights: ...}`` sets the options of the baseline;
     ``weights`` is ``logit`` (as above), ``length``, or ``none``.
@@ -93,8 +95,21 @@ def baseline_of(name: str) -> GradWeightedBaseline | None:
 
 
 def restore(name: str, config: Any, state: dict[str, Any]) -> None:
-    """Let an estimator go on from a saved state of its baseline."""
+    """Let an estimator go on from a saved state of its baseline.
+
+    Raises:
+        ValueError: it was saved with other options.
+    """
     _configured(name, config)[0].load_state_dict(state)
+
+
+def check_estimator(name: str, config: Any) -> None:
+    """Refuse options that an estimator does not have, before there is a batch.
+
+    Raises:
+        ValueError: as :func:`grad_weighted`.
+    """
+    _configured(name, config)
 
 
 @torch.no_grad()
@@ -103,12 +118,17 @@ def _estimate(name: str, rewards: Tensor, mask: Tensor, index: Any, config: Any,
         raise ValueError(f"{name}: expected the prompt of each row (uid in the batch), got none")
     baseline, kind = _configured(name, config)
     mask = mask.to(rewards)
-    rewards = rewards * mask
-    scored = mask.any(dim=1)
     groups = _numbered(index).to(rewards.device)
-    advantages = baseline.advantages(
-        rewards.sum(1).masked_fill(~scored, torch.nan), _weights(name, kind, mask, batch), groups=groups, update=True
-    )
+    totals, weights = rewards.sum(1), _weights(name, kind, mask, batch)
+    trained, finite = mask.any(dim=1), totals.isfinite() & weights.isfinite()
+    if not finite[trained].all():
+        warnings.warn(
+            f"{name}: rewards, old_log_probs or sum_pi_squared are NaN or infinite in {int((~finite & trained).sum())} "
+            "rows. These have advantage 0, and count in no baseline.",
+            stacklevel=2,
+        )
+    totals, weights = totals.masked_fill(~(trained & finite), torch.nan), weights.masked_fill(~finite, 0)
+    advantages = baseline.advantages(totals, weights, groups=groups, update=True)
     to_go = rewards.flip(1).cumsum(1).flip(1)
     return advantages[:, None] * mask, to_go * mask
 
@@ -128,9 +148,9 @@ def _configured(name: str, config: Any) -> tuple[GradWeightedBaseline, str]:
     return _baselines[name][1], kind
 
 
-def _weights(name: str, kind: str, mask: Tensor, batch: Any) -> Tensor | None:
+def _weights(name: str, kind: str, mask: Tensor, batch: Any) -> Tensor:
     if kind == "none":
-        return None
+        return torch.ones_like(mask[:, 0])
     if kind == "length":
         return mask.sum(1)
     missing = [key for key in ("sum_pi_squared", "old_log_probs") if batch is None or key not in batch]

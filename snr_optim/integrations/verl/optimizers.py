@@ -12,21 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snr_optim.integrations.scaled_steps import ScaledSteps
+from snr_optim.integrations.scaled_steps import ScaledSteps, check_options
 
 
-class _Scaled(torch.optim.Optimizer):
-    """What they share: options, and no step before the gradients are watched."""
+class Measured(torch.optim.Optimizer):
+    """What they share: options, and no step before the gradients are watched. Comes before the class that steps."""
 
     steps: ScaledSteps | None = None
-    _options: dict[str, Any]
 
-    def _expect_attached(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self.steps is None:
-            raise RuntimeError(
-                f"{type(self).__name__}: nobody has called attach(model), so that nothing measures the gradients. "
-                "verl's FSDP engine does with the plugin loaded: see `python -m snr_optim.integrations.verl check`"
-            )
+    def __init__(self, params: Iterable[Tensor], *, snr: dict[str, Any] | None = None, **options: Any) -> None:
+        super().__init__(params, **options)
+        self._snr = dict(snr or {})
+        check_options(self._snr)
+        self.register_step_pre_hook(self._expect_attached)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not hasattr(self, "_snr"):  # unpickled or copied: torch keeps no hooks, and we no options
+            self._snr = {}
+            self.register_step_pre_hook(self._expect_attached)
 
     def attach(self, model: nn.Module) -> ScaledSteps:
         """Measure the gradients of ``model``, wrapped and sharded already, from now on.
@@ -36,11 +40,18 @@ class _Scaled(torch.optim.Optimizer):
         """
         if self.steps is not None:
             raise RuntimeError(f"{type(self).__name__}: attached already")
-        self.steps = ScaledSteps(self, model, **self._options)
+        self.steps = ScaledSteps(self, model, **self._snr)
         return self.steps
 
+    def _expect_attached(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.steps is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: nobody has called attach(model), so that nothing measures the gradients. "
+                "verl's FSDP engine does with the plugin loaded: see `python -m snr_optim.integrations.verl check`"
+            )
 
-class SNRAdamW(torch.optim.AdamW, _Scaled):
+
+class SNRAdamW(Measured, torch.optim.AdamW):
     r"""``torch.optim.AdamW``, each step of which runs at its lr times the signal share of its own batch gradient.
 
     .. math::
@@ -56,19 +67,10 @@ class SNRAdamW(torch.optim.AdamW, _Scaled):
         options: those of AdamW.
 
     Raises:
+        TypeError: options that :class:`~snr_optim.SNRAdaptiveLR` does not have.
         RuntimeError: at a step before :meth:`attach`.
     """
 
-    def __init__(self, params: Iterable[Tensor], *, snr: dict[str, Any] | None = None, **options: Any) -> None:
-        super().__init__(params, **options)
-        self._options = dict(snr or {})
-        self.register_step_pre_hook(self._expect_attached)
 
-
-class SNRSGD(torch.optim.SGD, _Scaled):
+class SNRSGD(Measured, torch.optim.SGD):
     """``torch.optim.SGD``, in the same way as :class:`SNRAdamW`: the step of the paper."""
-
-    def __init__(self, params: Iterable[Tensor], *, snr: dict[str, Any] | None = None, **options: Any) -> None:
-        super().__init__(params, **options)
-        self._options = dict(snr or {})
-        self.register_step_pre_hook(self._expect_attached)

@@ -30,7 +30,7 @@ CHANGES = {
 try:
     import wrapt
 except ImportError:
-    logging.getLogger("snr_optim").error(
+    logging.getLogger("snr_optim").warning(
         "snr-optim: its verl plugin needs wrapt, which is not installed; algorithm.adv_estimator=grad_weighted will be "
         "unknown. `pip install 'snr-optim[verl]'` brings it"
     )

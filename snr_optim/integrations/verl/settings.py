@@ -10,11 +10,11 @@ from typing import Any
 from snr_optim.integrations.settings import MISSING, UNCLIPPED, Setting, findings, one_of
 from snr_optim.integrations.verl.estimators import ESTIMATORS, OPTIONS
 
-ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+ACTOR, ROLLOUT, CORRECTION = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "algorithm.rollout_correction"
 
 
-def _has_our_optimizer(config: Any) -> bool:
-    return str(_look(config, f"{ACTOR}.optim.optimizer_impl")).startswith("snr_optim.")
+def has_our_optimizer(config: Any, role: str = ACTOR) -> bool:
+    return str(_look(config, f"{role}.optim.optimizer_impl")).startswith("snr_optim.")
 
 
 def _needs_sum_pi_squared(config: Any) -> bool:
@@ -37,30 +37,48 @@ REQUIRED = [
         "actor_rollout_ref.model.use_fused_kernels=False",
     ),
     Setting(
-        "algorithm.rollout_correction.bypass_mode",
+        f"{CORRECTION}.bypass_mode",
         lambda value, config: not value or not _needs_sum_pi_squared(config),
         "skips the pass that computes sum_pi_squared",
-        "algorithm.rollout_correction.bypass_mode=False",
+        f"{CORRECTION}.bypass_mode=False",
     ),
     Setting(
         f"{ACTOR}.strategy",
-        lambda value, config: value == "fsdp2" or not _has_our_optimizer(config),
+        lambda value, config: value == "fsdp2" or not has_our_optimizer(config),
         "is no engine whose gradients can be measured",
         f"{ACTOR}.strategy=fsdp2",
     ),
     Setting(
-        f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size",
-        lambda value, config: value == 1 or not _has_our_optimizer(config),
-        "splits sequences over ranks, whose gradients are no independent sub-batches",
-        f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=1",
+        "critic.strategy",
+        lambda value, config: value == "fsdp2" or not has_our_optimizer(config, "critic"),
+        "is no engine whose gradients can be measured",
+        "critic.strategy=fsdp2",
     ),
+    Setting(
+        f"{ROLLOUT}.n",
+        lambda value, config: value > 1 or _look(config, "algorithm.adv_estimator") != "oblr_po",
+        "leaves no other output of the prompt to compare with",
+        f"{ROLLOUT}.n=8, or algorithm.adv_estimator=grad_weighted",
+    ),
+]
+REQUIRED += [
+    Setting(
+        name,
+        lambda value, config: value in (1, None) or not has_our_optimizer(config),
+        "splits sequences over ranks, whose gradients are no independent sub-batches",
+        f"{name}=1",
+    )
+    for name in (f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size", f"{ACTOR}.ulysses_sequence_parallel_size")
 ]
 
 SETTINGS = [
     Setting(
         f"{ACTOR}.loss_agg_mode",
-        one_of("seq-mean-token-sum", "seq-mean-token-sum-norm"),
-        "divides by lengths of the outputs, so that the weight of an output depends on what it is",
+        lambda value, config: (
+            value in ("seq-mean-token-sum", "token-sum")
+            or (value == "seq-mean-token-sum-norm" and _look(config, f"{ACTOR}.loss_scale_factor") is not None)
+        ),
+        "divides by lengths of outputs, so that the weight of an output depends on what it, or another, is",
         f"{ACTOR}.loss_agg_mode=seq-mean-token-sum",
     ),
     Setting(
@@ -108,16 +126,32 @@ SETTINGS = [
         "algorithm.use_pf_ppo=False",
     ),
     Setting(
-        "algorithm.rollout_correction.rollout_rs",
-        one_of(None),
-        "drops outputs because of what they are",
-        "algorithm.rollout_correction.rollout_rs=null",
+        f"algorithm.{OPTIONS}.leave_one_out",
+        one_of(True),
+        "puts each output into its own baseline",
+        f"algorithm.{OPTIONS}.leave_one_out=true",
     ),
     Setting(
-        "algorithm.rollout_correction.rollout_is",
+        f"{CORRECTION}.bypass_mode",
+        one_of(False, None),
+        "multiplies by clipped ratios to the policy that sampled",
+        f"{CORRECTION}.bypass_mode=False",
+    ),
+    Setting("distillation.enabled", one_of(False, None), "adds a distillation loss", "distillation.enabled=False"),
+    Setting(
+        f"{ROLLOUT}.do_sample", one_of(True), "takes the likeliest token instead of a draw", f"{ROLLOUT}.do_sample=True"
+    ),
+    Setting(
+        f"{CORRECTION}.rollout_rs",
+        one_of(None),
+        "drops outputs because of what they are",
+        f"{CORRECTION}.rollout_rs=null",
+    ),
+    Setting(
+        f"{CORRECTION}.rollout_is",
         one_of(None),
         "truncates the ratios of rollout and training",
-        "algorithm.rollout_correction.rollout_is=null, or accept a small bias",
+        f"{CORRECTION}.rollout_is=null, or accept a small bias",
     ),
     Setting(
         "trainer.v1.trainer_mode",

@@ -10,6 +10,8 @@ Here: replacements for functions and methods of ``verl.trainer.ppo``, each of wh
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -29,7 +31,12 @@ _beside: ContextVar[dict[str, Tensor] | None] = ContextVar("beside", default=Non
 
 def change_ray_trainer(module: Any) -> None:
     """``verl.trainer.ppo.ray_trainer``: what all trainers call, and the legacy one."""
-    replace(module, "compute_advantage", _with_batch, ["data", "adv_estimator", "config"])
+    replace(
+        module,
+        "compute_advantage",
+        lambda original: _with_batch(module, original),
+        ["data", "adv_estimator", "config"],
+    )
     _change_checkpoints(module.RayPPOTrainer)
 
 
@@ -48,13 +55,17 @@ def ours(config: Any) -> str | None:
     return name if name in ESTIMATORS else None
 
 
-def _with_batch(original: Callable[..., Any]) -> Callable[..., Any]:
-    def compute_advantage(data: Any, adv_estimator: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        estimator = ESTIMATORS.get(getattr(adv_estimator, "value", adv_estimator))
+def _with_batch(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def compute_advantage(*args: Any, **kwargs: Any) -> Any:
+        given: dict[str, Any] = signature.bind(*args, **kwargs).arguments
+        data, name, config = given["data"], given["adv_estimator"], given.get("config")
+        estimator = ESTIMATORS.get(getattr(name, "value", name))
         if estimator is None:
-            return original(data, adv_estimator, *args, config=config, **kwargs)
-        if args:
-            raise TypeError("compute_advantage: expected all but data and adv_estimator by name")
+            return original(*args, **kwargs)
+        if "response_mask" not in data.batch:
+            data.batch["response_mask"] = module.compute_response_mask(data)
         batch = {**dict(data.batch.items()), **(_beside.get() or {})}
         data.batch["advantages"], data.batch["returns"] = estimator(
             token_level_rewards=batch["token_level_rewards"],
@@ -113,7 +124,8 @@ def _with_rows(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
             _beside.reset(token)
         learned = baseline_of(name)
         if learned is not None:
-            metrics.update({f"baseline/{key}": value for key, value in learned.metrics().items()})
+            found = {f"baseline/{key}": value for key, value in learned.metrics().items()}
+            metrics.update({key: value for key, value in found.items() if math.isfinite(value)})
         return result
 
     return compute_advantage
@@ -161,7 +173,13 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
             folder = trainer.resume_from_path
         path = os.path.join(folder, FILE)
         if os.path.isfile(path):  # a checkpoint made with another estimator has none: the baseline begins anew
-            restore(name, self.config.algorithm, torch.load(path, weights_only=True))
+            try:
+                restore(name, self.config.algorithm, torch.load(path, weights_only=True))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}: {error}. Resume with the algorithm.snr_optim that it was made with, or delete the file "
+                    "to let the baseline begin anew"
+                ) from error
         return result
 
     return load_checkpoint
