@@ -164,6 +164,14 @@ def test_a_group_at_a_time_the_baseline_learns_of_the_ones_before():
         torch.testing.assert_close(torch.tensor(group_advantages(ours, traces), dtype=torch.float64), expected)
 
 
+def test_a_reward_that_is_missing_has_no_advantage_and_a_group_without_outputs_none():
+    traces = [trace(reward, [-1.0, -2.0]) for reward in (1.0, None, 0.0)]
+    advantages = group_advantages(GradWeightedBaseline(), traces)
+    assert advantages[1] == 0
+    assert advantages[0] > 0 > advantages[2]
+    assert group_advantages(GradWeightedBaseline(), []) == []
+
+
 def test_log_probs_that_are_missing_are_refused():
     broken = trace(1.0, [-1.0, -2.0])
     broken.nodes[1].logprobs = []

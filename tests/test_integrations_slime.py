@@ -156,6 +156,15 @@ def test_a_reward_that_is_missing_gives_no_advantage_and_counts_for_no_other_out
     assert processed[:1] + processed[2:] == pytest.approx(without, rel=1e-12)
 
 
+def test_an_output_that_was_aborted_before_its_first_token_counts_for_no_other_one(make_sample):
+    samples = batch(make_sample)
+    aborted = make_sample(group_index=1, response_length=0, reward=None, rollout_log_probs=None)
+    _, processed = SlimeAdvantages()(settings(), [*samples, aborted])
+    _, without = SlimeAdvantages()(settings(), samples)
+    assert processed == [*without, 0.0]
+    assert SlimeAdvantages()(settings(), []) == ([], [])
+
+
 def test_samples_of_one_rollout_are_one_output(make_sample):
     """Two chains of an agent's output, against the output in one piece."""
     whole = batch(make_sample, sizes=(3, 3))
