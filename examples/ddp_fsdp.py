@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from snr_optim import GradWeightedBaseline, SNRAdaptiveLR
 
+CHECKPOINT = "checkpoint.pt"  # in the folder of a run
 INDEPENDENT = ("steps", "out", "resume", "parallel", "every")  # what a resumed run may change
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of all ranks' shards; in memory, on rank 0
 
@@ -171,26 +172,24 @@ def save(args: argparse.Namespace, step: int, model: nn.Module, optimizer: torch
         checkpoint = {"model": weights, "optimizer": state, "step": step, "settings": settings(args)}
         # Scheduler and baseline are the same on all ranks.
         checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-        save_atomically(checkpoint, args.out / "checkpoint.pt")
+        save_atomically(checkpoint, args.out / CHECKPOINT)
     dist.barrier()
 
 
 def load(args: argparse.Namespace) -> dict[str, Any] | None:
     """The checkpoint to go on from; the metrics of later steps are dropped, or of all where there is none."""
-    path, saved = args.out / "checkpoint.pt", None
-    if args.resume and path.exists():
-        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    saved = None
+    if args.resume:
+        saved = torch.load(args.out / CHECKPOINT, weights_only=True, map_location="cpu", mmap=True)
         now, before = settings(args), saved["settings"]
         changed = ", ".join(f"{name} {before.get(name)}" for name in now if before.get(name) != now[name])
         if changed:
             raise SystemExit(f"error: --resume: {args.out} was made with {changed}")
-    dist.barrier()  # all have read what rank 0 may now delete
+    dist.barrier()  # no rank has refused
     if dist.get_rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         rows = [row for row in read_metrics(args.out) if saved is not None and row["step"] <= saved["step"]]
         (args.out / "metrics.jsonl").write_text("".join(map(to_json, rows)))
-        if saved is None:
-            path.unlink(missing_ok=True)
     return saved
 
 
@@ -246,6 +245,11 @@ def parse_arguments(argv: list[str] | None = None, processes: int = 1) -> argpar
         parser.error(f"--model: no Hugging Face model in {args.model} (config.json is not there)")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out: {args.out} is a file")
+    checkpoint = args.out / CHECKPOINT
+    if args.resume and not checkpoint.is_file():
+        parser.error(f"--resume: there is no checkpoint in {args.out}")
+    if checkpoint.is_file() and not args.resume:
+        parser.error(f"--out: {args.out} has a checkpoint; add --resume to go on from it, or choose another folder")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: 'cuda' is not available here")
     if args.parallel == "fsdp" and args.device == "cpu" and torch.__version__.startswith("2.6"):

@@ -261,6 +261,8 @@ def world_size() -> int:
 def last_checkpoint(args: argparse.Namespace) -> str | None:
     """Of a run in ``--out`` with the same settings."""
     checkpoint = get_last_checkpoint(str(args.out)) if args.out.is_dir() else None
+    if args.resume and checkpoint is None:
+        raise SystemExit(f"error: --resume: there is no checkpoint in {args.out}")
     if checkpoint is None:
         return None
     made_with = json.loads((args.out / "settings.json").read_text())

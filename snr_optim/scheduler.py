@@ -96,7 +96,7 @@ class SNRAdaptiveLR(LRScheduler):
             if not isinstance(schedule, LRScheduler) or isinstance(schedule, (ReduceLROnPlateau, SNRAdaptiveLR)):
                 raise TypeError(
                     "schedule: expected an LRScheduler that needs no metric and is no SNRAdaptiveLR, "
-                    f"got {type(schedule).__name__}"
+                    f"got {type(schedule).__name__}; of accelerate's wrapper, pass what was given to prepare()"
                 )
             if _unwrapped(schedule.optimizer) is not optimizer:
                 raise ValueError("schedule: expected a scheduler of the same optimizer")
@@ -118,7 +118,7 @@ class SNRAdaptiveLR(LRScheduler):
         self._floor_bound = torch.zeros((), dtype=torch.float64)
         self._dropped = 0
         self._attachment: Attachment | None = None
-        self._warned = self._loaded = self._overwritten_before = False
+        self._warned = self._loaded = self._overwritten_before = self._observed = False
         super().__init__(optimizer)
 
     # -- statistics ---------------------------------------------------------------------------------
@@ -169,6 +169,7 @@ class SNRAdaptiveLR(LRScheduler):
             TypeError: ``moments`` is no :class:`GradientMoments`, nor a sequence of them.
             ValueError: not one for each parameter group.
         """
+        self._observed = True
         parts = [moments] if isinstance(moments, GradientMoments) else moments
         if not isinstance(parts, Sequence) or not all(isinstance(part, GradientMoments) for part in parts):
             raise TypeError(f"moments: expected GradientMoments, or one for each group, got {type(moments).__name__}")
@@ -280,6 +281,7 @@ class SNRAdaptiveLR(LRScheduler):
         self.last_epoch += 1
         if not starting:
             self._warn_if_overwritten()
+            self._warn_if_not_measured()
             self._step_schedule()
         self._write_lr()
 
@@ -358,6 +360,15 @@ class SNRAdaptiveLR(LRScheduler):
                 "Something other than SNRAdaptiveLR changed the learning rate since its last step. If that is "
                 "another scheduler, pass it as SNRAdaptiveLR(optimizer, schedule=...), which composes them; if it was "
                 "a checkpoint of the optimizer, load that of this scheduler after it.",
+                stacklevel=3,
+            )
+
+    def _warn_if_not_measured(self) -> None:
+        if self._attachment is None and not self._observed:
+            self._observed = True  # said once
+            warnings.warn(
+                "SNRAdaptiveLR: nothing measures the gradients, so every step is done at the full ceiling. Call "
+                "attach(model) once, before the loop, or observe() at every step.",
                 stacklevel=3,
             )
 

@@ -25,7 +25,10 @@ def check_options(options: dict[str, Any]) -> None:
     """
     if "schedule" in options:
         raise TypeError("schedule: the trainer's own scheduler is the ceiling; choose it there")
-    SNRAdaptiveLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), **options)
+    try:
+        SNRAdaptiveLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), **options)
+    except TypeError as error:
+        raise TypeError(f"options: expected those of SNRAdaptiveLR, smoothing, min_factor, ...; {error}") from None
 
 
 class ScaledSteps:

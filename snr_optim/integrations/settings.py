@@ -33,10 +33,17 @@ def one_of(*values: Any) -> Callable[[Any, Any], bool]:
 
 
 def findings(settings: Iterable[Setting], config: Any, look: Callable[[Any, str], Any]) -> list[str]:
-    """A sentence for each setting that is not fine; ``look(config, name)`` is its value, or MISSING."""
-    found = []
-    for setting in settings:
-        value = look(config, setting.name)
-        if value is not MISSING and not setting.fine(value, config):
-            found.append(f"{setting.name}={value!r} {setting.why}: set {setting.instead}")
-    return found
+    """A sentence for each setting that is not fine; ``look(config, name)`` is its value, or MISSING.
+
+    Raises:
+        TypeError: the config has none of the settings.
+    """
+    values = [(setting, look(config, setting.name)) for setting in settings]
+    known = [(setting, value) for setting, value in values if value is not MISSING]
+    if not known:
+        raise TypeError(f"expected the config of a trainer, with {values[0][0].name} and others; got {config!r}")
+    return [
+        f"{setting.name}={value!r} {setting.why}: set {setting.instead}"
+        for setting, value in known
+        if not setting.fine(value, config)
+    ]

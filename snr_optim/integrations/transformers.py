@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -93,6 +94,13 @@ class SNRCallback(TrainerCallback, ExportableState):
         self._remove()  # after a train() that failed
         trainer = _trainer_of(self, state)
         _refuse_what_cannot_work(trainer, args)
+        if getattr(trainer, "num_generations", 1) > 1 and not hasattr(trainer, "gradient_weights"):
+            warnings.warn(
+                f"{type(self).__name__}: {type(trainer).__name__} spreads the outputs of a prompt over micro-batches, "
+                "so that the noise between prompts is not seen and the factor is too high. OBLRTrainerMixin of "
+                "snr_optim.integrations.trl keeps prompts whole",
+                stacklevel=2,
+            )
         name = type(self).__name__
         callbacks = trainer.callback_handler.callbacks
         if sum(isinstance(callback, SNRCallback) for callback in callbacks) > 1:

@@ -99,10 +99,10 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
         _expect_rewards_without_kl(self.args)
         findings = check_unbiased(self.args)
         if findings and require_unbiased:
-            raise ValueError("require_unbiased: " + "; ".join(findings))
+            raise ValueError("require_unbiased:\n- " + "\n- ".join(findings))
         if findings:
             warnings.warn(
-                "OBLRTrainerMixin: these settings bias the gradient, or are replaced: " + "; ".join(findings),
+                "OBLRTrainerMixin: these settings bias the gradient, or are replaced:\n- " + "\n- ".join(findings),
                 stacklevel=2,
             )
 

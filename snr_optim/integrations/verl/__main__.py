@@ -74,7 +74,7 @@ def check_installation() -> list[str]:
     registry = getattr(sys.modules.get("verl.trainer.ppo.core_algos"), "ADV_ESTIMATOR_REGISTRY", {})
     for name, estimator in ESTIMATORS.items():
         known = registry.get(name) is estimator
-        say(known, f"algorithm.adv_estimator={name}" + ("" if known else " is unknown to verl"))
+        say(known, f"registered: {name}" if known else f"{name} is not registered in verl")
     for name, reason in replacing.problems.items():
         say(False, f"{name} {reason}")
     return problems
@@ -118,7 +118,10 @@ def _unknown_names(config: Any) -> list[str]:
     from verl.workers.config.optimizer import build_optimizer
 
     problems = []
-    name = ours(config)
+    name, known = ours(config), importlib.import_module("verl.trainer.ppo.core_algos").ADV_ESTIMATOR_REGISTRY
+    chosen = config.algorithm.adv_estimator
+    if chosen not in known:
+        problems.append(f"algorithm.adv_estimator={chosen} is unknown to verl: set one of {', '.join(known)}")
     try:
         if name is not None:
             check_estimator(name, config.algorithm)

@@ -5,6 +5,7 @@ Here: two tables, and the functions that read them. They look at a config and ne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from snr_optim.integrations.settings import MISSING, UNCLIPPED, Setting, findings, one_of
@@ -14,7 +15,8 @@ ACTOR, ROLLOUT, CORRECTION = "actor_rollout_ref.actor", "actor_rollout_ref.rollo
 
 
 def has_our_optimizer(config: Any, role: str = ACTOR) -> bool:
-    return str(_look(config, f"{role}.optim.optimizer_impl")).startswith("snr_optim.")
+    implementation, name = (_look(config, f"{role}.optim.{each}") for each in ("optimizer_impl", "optimizer"))
+    return str(implementation).startswith("snr_optim.") or name in ("SNRAdamW", "SNRSGD")
 
 
 def _needs_sum_pi_squared(config: Any) -> bool:
@@ -207,7 +209,7 @@ def check_unbiased(config: Any) -> list[str]:
 
 def _look(config: Any, name: str) -> Any:
     for part in name.split("."):
-        if config is None or part not in config:
+        if not isinstance(config, Mapping) or part not in config:
             return MISSING
         config = config[part]
     return config
