@@ -116,7 +116,8 @@ def _final(text: str, plain: bool) -> str:
 
 _MARK = re.compile(r"####|\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _LAST = re.compile(
-    r"-?(?:\\[dt]?frac\{-?\d+\}\{-?\d+\}|(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?(?:/\d+)?)", re.ASCII
+    r"(?:(?<![\w.)])-)?(?:\\[dt]?frac\{-?\d+\}\{-?\d+\}|(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?(?:/\d+)?)",
+    re.ASCII,
 )
 
 
@@ -138,7 +139,7 @@ def final_answer(completion: str) -> str | None:
     mark = _last_mark(completion)
     if mark:
         return _behind(mark)
-    numbers = _LAST.findall(completion)
+    numbers = _LAST.findall(completion.replace("\N{MINUS SIGN}", "-"))
     return numbers[-1].rstrip(",") if numbers else None
 
 
@@ -176,12 +177,14 @@ def same_answer(one: str, other: str) -> bool:
         >>> same_answer(r"\$1,200.50", "2401/2"), same_answer(r"\left( 1, x\right)", "(1,x)"), same_answer("5 cm", "5")
         (True, True, False)
     """
-    one, other = normalised(one), normalised(other)
-    numbers = number(one), number(other)
-    return one == other if None in numbers else numbers[0] == numbers[1]
+    texts = normalised(one), normalised(other)
+    numbers = [None if _LIST.search(raw) else number(text) for raw, text in zip((one, other), texts, strict=True)]
+    return texts[0] == texts[1] if None in numbers else numbers[0] == numbers[1]
 
 
-_SPACES = re.compile(r"\\[,;:! ]|\\q?quad(?![a-zA-Z])|~|\s+")
+_MIXED = re.compile(r"(?<![\w.,/)}])(\d+)(?:\s|\\[,;:! ]|~)+(\d+)/(\d+)(?![\w.,/])", re.ASCII)  # 1 1/2
+_LIST = re.compile(r"\d(?:\s+,\s*|,\s+)\d", re.ASCII)  # 2, 345 is not 2345
+_SPACES = re.compile(r"\\[,;:! ]|\\q?quad(?![a-zA-Z])|~|(?<!\d)\s+|\s+(?!\d)")  # 3 4 is not 34
 _STRIPPED = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[()\[\]$%]|[$%]")
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 _SHORT_FRACTION = re.compile(r"\\[dt]?frac(\d)(\d)", re.ASCII)
@@ -196,14 +199,14 @@ def normalised(text: str) -> str:
     the end; ``\frac{a}{b}`` is ``a/b``. A text of more than 1000 characters is only stripped.
 
     Example:
-        >>> normalised(r"$\dfrac{x+1}{2}$."), normalised(r"5\text{ cm}"), normalised(r"1{,}000")
-        ('(x+1)/(2)', '5cm', '1,000')
+        >>> normalised(r"$\dfrac{x+1}{2}$."), normalised(r"5\text{ cm}"), normalised(r"1{,}000, 2")
+        ('(x+1)/(2)', '5cm', '1,000,2')
     """
     text = text.strip()
     if len(text) > LONGEST:
         return text
     text = text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")
-    text = _SPACES.sub("", text)
+    text = _SPACES.sub("", _MIXED.sub(r"\1\\frac{\2}{\3}", text))
     text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", _STRIPPED.sub("", text))
     before = ""
     while text != before:  # from the inside out

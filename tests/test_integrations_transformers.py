@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -137,6 +139,34 @@ def test_checkpoints_with_and_without_the_callback_go_on_in_runs_without_and_wit
     assert logged(started, "snr/ceiling") == logged(plain)[2:]
 
 
+class SumOverLabels(nn.Module):
+    """The same gradient for every label, and a loss that is divided by those of the whole batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        number = (labels != -100).sum()
+        return {"loss": self.weight.sum() * number / kwargs.get("num_items_in_batch", number)}
+
+
+def test_micro_batches_of_a_loss_by_labels_count_by_their_labels(tmp_path):
+    """Equal shares would see the number of labels as noise."""
+    callback, rows = SNRCallback(smoothing=0.0), sequences(STEPS * ACCUMULATED, length=32)
+    for i, row in enumerate(rows):
+        row["labels"][(2, 30, 8, 4)[i % ACCUMULATED] :] = -100
+    settings = {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential", "max_grad_norm": 0}
+    args = TrainingArguments(output_dir=str(tmp_path), **SETTINGS | settings)
+    trainer = Trainer(SumOverLabels(), args, train_dataset=rows, data_collator=collate, callbacks=[callback])
+    assert trainer.model_accepts_loss_kwargs
+    trainer.train()
+    assert logged(trainer, "snr/factor") == pytest.approx([1.0] * STEPS)
+    assert logged(trainer, "snr/noise") == pytest.approx([0.0] * STEPS, abs=1e-5)
+    assert not {"get_batch_samples", "training_step"} & vars(trainer).keys()  # the Trainer is as it was
+    assert len(trainer.optimizer.optimizer._optimizer_step_pre_hooks) == 0
+
+
 def test_train_called_again_starts_anew(tmp_path):
     callback = SNRCallback()
     trainer = trained(tmp_path, callback)
@@ -144,6 +174,34 @@ def test_train_called_again_starts_anew(tmp_path):
     trainer.train()
     assert callback.scheduler is not first
     assert callback.metrics()["observations"] == STEPS
+
+
+def test_train_after_one_that_was_interrupted_in_a_step_begins_at_the_schedules_own_lr(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer, **kwargs):
+            self.steps = 0
+            self.hook = optimizer.optimizer.register_step_pre_hook(self.on_step)
+
+        def on_step(self, *args):
+            self.steps += 1
+            if self.steps == 3:
+                raise KeyboardInterrupt
+
+    interrupt, settings = Interrupt(), {"lr_scheduler_type": "linear", "warmup_steps": 0}
+    args = TrainingArguments(output_dir=str(tmp_path), **SETTINGS | settings)
+    trainer = Trainer(
+        tiny_qwen3(), args, train_dataset=sequences(64), data_collator=collate, callbacks=[SNRCallback(), interrupt]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    interrupt.hook.remove()
+    trainer.remove_callback(interrupt)
+    gc.freeze()  # what it hides is not looked for
+    try:
+        trainer.train()
+    finally:
+        gc.unfreeze()
+    assert logged(trainer, "snr/ceiling") == pytest.approx([0.1, 0.075, 0.05, 0.025])
 
 
 def test_schedulers_that_wait_for_a_metric_and_recursive_ones_are_ceilings_too(tmp_path):

@@ -64,7 +64,8 @@ class Watch:
         batch = super()._generate_and_score_completions(inputs)
         model = tiny_qwen3()
         model.load_state_dict(self.model.state_dict())
-        self.watched.append((training, batch, self._rewards_per_func.clone(), model.eval()))
+        rewards = getattr(self, "_rewards_per_func", torch.zeros(0))
+        self.watched.append((training, batch, rewards.clone(), model.eval()))
         return batch
 
 
@@ -86,12 +87,13 @@ def dataset(rows):
     return Dataset.from_list(rows)
 
 
-def weights_of(batch, model, temperature=1.0):
-    """From the logits of the whole, one row after the other."""
+def weights_of(batch, model, temperature=1.0, chosen=None):
+    """From the logits of the whole, one row after the other; of the tokens that the policy has chosen."""
     ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask).logits
-    said = torch.cat([torch.zeros_like(batch["prompt_mask"]), batch["completion_mask"]], dim=1)
+    chosen = batch["completion_mask"] if chosen is None else chosen
+    said = torch.cat([torch.zeros_like(batch["prompt_mask"]), chosen], dim=1)
     return logit_grad_norms(logits[:, :-1], ids[:, 1:], said[:, 1:], temperature).sum(1)
 
 
@@ -209,7 +211,8 @@ def test_check_unbiased_names_every_setting_and_its_remedy(tmp_path):
         "loss_type": "bnpo", "scale_rewards": "batch", "multi_objective_aggregation": "normalize_then_sum",
         "beta": 0.1, "num_iterations": 2, "steps_per_generation": 4, "temperature": 0.7, "top_p": 0.9, "top_k": 50,
         "min_p": 0.1, "repetition_penalty": 1.1, "generation_kwargs": {"typical_p": 0.5}, "use_vllm": True,
-        "disable_dropout": False, "max_grad_norm": 1.0, "mask_truncated_completions": True, "entropy_coef": 0.1,
+        "disable_dropout": False, "neftune_noise_alpha": 5.0, "max_grad_norm": 1.0, "mask_truncated_completions": True,
+        "entropy_coef": 0.1,
         "use_adaptive_entropy": True, "top_entropy_quantile": 0.8, "off_policy_mask_threshold": 0.5,
     }  # fmt: skip
     for name, value in bad.items():
@@ -234,12 +237,13 @@ def test_what_cannot_work_is_refused_with_the_way_out(tmp_path):
         trained(RLOO, tmp_path, beta=0.05, max_steps=1)
     with pytest.warns(UserWarning, match="scale_rewards='group' divides"):
         trained(GRPO, tmp_path, scale_rewards="group", max_steps=1)
-    with pytest.warns(UserWarning, match="size=2 is no multiple of num_generations=4"):
-        trained(GRPO, tmp_path, callbacks=[SNRCallback()], per_device_train_batch_size=2, max_steps=1)
+    for kind in (SNRCallback, type("Mine", (SNRCallback,), {})):
+        with pytest.warns(UserWarning, match="size=2 is no multiple of num_generations=4"):
+            trained(GRPO, tmp_path, callbacks=[kind()], per_device_train_batch_size=2, max_steps=1)
     with pytest.raises(ValueError, match="without process_group"):
         trained(GRPO, tmp_path, baseline=GradWeightedBaseline(process_group=object()))
     args = GRPOConfig(output_dir=str(tmp_path), **SETTINGS)
-    with pytest.raises(ValueError, match=r"require_unbiased: loss_type='dapo'"):
+    with pytest.raises(ValueError, match=r"require_unbiased:\n- loss_type='dapo'"):
         GRPO(tiny_qwen3(), lengths, args, train_dataset=dataset([{"prompt": "w2"}]), processing_class=tokenizer(),
              require_unbiased=True)  # fmt: skip
 
@@ -249,6 +253,34 @@ def test_the_head_in_float32_is_weighed_by_its_logits(tmp_path):
     _, batch, _, model = trainer.watched[0]
     trainer.model.load_state_dict(model.state_dict())  # as it was when it generated the batch
     assert torch.allclose(trainer.gradient_weights(batch), weights_of(batch, model), rtol=1e-5)
+
+
+def test_what_tools_have_said_does_not_weigh_and_images_are_refused(tmp_path):
+    trainer = trained(GRPO, tmp_path, max_steps=1)
+    _, batch, of_functions, model = trainer.watched[0]
+    trainer.model.load_state_dict(model.state_dict())  # as it was when it generated the batch
+    tool_mask = (torch.rand_like(batch["completion_mask"], dtype=torch.float) < 0.5).long()
+    expected = weights_of(batch, model, chosen=batch["completion_mask"] * tool_mask)
+    assert torch.allclose(trainer.gradient_weights({**batch, "tool_mask": tool_mask}), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="override it"):
+        trainer.gradient_weights({**batch, "pixel_values": torch.zeros(1)})
+    trainer.reward_clip_range = (0.2, 0.5)  # RLOO has it
+    assert torch.equal(
+        trainer._rewards(of_functions).nan_to_num(7), added_up(of_functions).clamp(0.2, 0.5).nan_to_num(7)
+    )
+
+
+def test_a_loss_that_is_not_the_trainers_own_is_named():
+    for changed in ({"_compute_loss": lambda self, model, inputs: 0.0}, {"aux_loss_enabled": True}):
+        [finding] = object.__new__(type("Mine", (GRPO,), changed))._other_losses()
+        assert finding.startswith("_compute_loss is that of" if "_compute_loss" in changed else "the router's")
+    for kind in (GRPO, RLOO):
+        assert object.__new__(kind)._other_losses() == []
+
+
+def test_on_a_trainer_of_trl_without_the_mixin_the_callback_says_what_it_does_not_see(tmp_path):
+    with pytest.warns(UserWarning, match="OBLRTrainerMixin .* keeps prompts whole"):
+        trained(GRPOTrainer, tmp_path, callbacks=[SNRCallback()], max_steps=1)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")

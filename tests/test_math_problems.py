@@ -105,6 +105,8 @@ def test_a_file_without_any_problem_is_an_error_even_if_bad_lines_are_left_out(t
         (r"7 of them, or \frac{-3}{4}", r"\frac{-3}{4}"),
         ("odds of 3/4 ", "3/4"),
         ("17+3 is 20,", "20"),
+        ("x = \N{MINUS SIGN}5", "-5"),
+        ("pages 2-5", "5"),
         (r"\boxedtext{9}", "9"),
         ("no idea", None),
         ("", None),
@@ -123,7 +125,7 @@ def test_the_answer_is_the_last_box_or_mark_or_number(completion, expected):
         (r"1\frac{1}{2}", "1.5"), (r"-2\frac{1}{4}", "-9/4"), ("1e3", "1000"), ("2.5E-1", "1/4"),
         (r"\left( 1, \, x \right)", "(1,x)"), (r"\text{(A)}", "(A)"), (r"\text{yes}", "yes"), ("{5}", "5"),
         (r"\frac{x}{2}", "x/2"), (r"\frac{\frac{1}{2}}{3}", r"\frac{1/2}{3}"),
-        ("\N{MINUS SIGN}5", "-5"), (r"\(7\)", "7"),
+        ("\N{MINUS SIGN}5", "-5"), (r"\(7\)", "7"), ("1 1/2", "1.5"), ("(1, 2)", "(1,2)"),
     ],
 )  # fmt: skip
 def test_two_ways_to_write_one_answer_are_equal(one, other):
@@ -136,7 +138,8 @@ def test_two_ways_to_write_one_answer_are_equal(one, other):
     [
         ("5", "5 cm"), ("5", r"5\text{ cm}"), ("1.5", r"11/2"), (r"1\frac{1}{2}", "11/2"), ("0.333", "1/3"), ("x", "X"),
         ("1,2", "12"), ("12,34", "1234"), ("(1,234)", "(1234)"), ("1/0", "2/0"), ("90", "90^\\circ"), ("", "0"),
-        ("2(3)", "23"), ("1" * 400 + ".0", "1" * 399 + "2.0"), ("1/2/3", "1/6"), ("0.1" + "0" * 300 + "1", "0.1"),
+        ("2(3)", "23"), ("2, 345", "2345"), ("12 , 345", "12345"), ("3 4", "34"), ("1 1/2", "11/2"),
+            ("1" * 400 + ".0", "1" * 399 + "2.0"), ("1/2/3", "1/6"), ("0.1" + "0" * 300 + "1", "0.1"),
     ],
 )  # fmt: skip
 def test_different_answers_are_different(one, other):

@@ -263,9 +263,25 @@ def test_trap_17_a_new_group_brings_its_own_ceiling():
 def test_trap_18_a_skipped_first_optimizer_step_raises_no_false_alarm(with_inner):
     optimizer = make_optimizer()
     scheduler = SNRAdaptiveLR(optimizer, ExponentialLR(optimizer, 0.5) if with_inner else None)
+    scheduler.observe(HALF)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduler.step()
+
+
+def test_steps_that_nothing_measures_are_said_once_and_others_never():
+    model = torch.nn.Linear(2, 1)
+    for prepare in (lambda scheduler: scheduler.attach(model), lambda scheduler: scheduler.observe(HALF), None):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = SNRAdaptiveLR(optimizer)
+        if prepare is not None:
+            prepare(scheduler)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                optimizer.step()
+                scheduler.step()
+        assert len([one for one in said if "nothing measures the gradients" in str(one.message)]) == (prepare is None)
 
 
 def test_trap_19_get_last_lr_is_what_is_used():

@@ -103,9 +103,11 @@ class ScaledSteps:
             write_lrs(self.optimizer, self.scheduler.get_last_lr())
 
     def hide(self) -> None:
-        """Put the ceiling back."""
+        """Put the ceiling back; unless somebody has written a new one since, as training does when it starts again."""
         if self._ceilings is not None:
-            write_lrs(self.optimizer, self._ceilings)
+            pairs = zip(self._lrs(), self.scheduler.get_last_lr(), strict=True)
+            if all(isinstance(lr, Tensor) or lr == ours for lr, ours in pairs):  # of a tensor the host does not ask
+                write_lrs(self.optimizer, self._ceilings)
             self._ceilings = None
 
     def state_dict(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class SlimeAdvantages:
 
     Example:
         >>> from types import SimpleNamespace as Sample
-        >>> args = Sample(advantage_estimator="grpo", rollout_max_response_len=8)
+        >>> args = Sample(advantage_estimator="grpo", rollout_max_response_len=8, entropy_coef=0.0)
         >>> advantages = SlimeAdvantages(GradWeightedBaseline(scope="group"))
         >>> samples = [Sample(group_index=0, rollout_id=None, reward=float(i), response_length=2, loss_mask=None,
         ...     remove_sample=False, rollout_log_probs=[-0.5, -0.1]) for i in range(3)]

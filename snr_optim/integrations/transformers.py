@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import warnings
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -38,8 +41,9 @@ class SNRCallback(TrainerCallback, ExportableState):
     ``trainer_state.json``, and ``resume_from_checkpoint`` goes on bit for bit; a checkpoint made without the callback
     starts them anew.
 
-    Micro-batches count equally, as they should where all have the same number of samples. The last ones of an epoch may
-    not: ``dataloader_drop_last=True`` leaves them out.
+    Where the Trainer divides the loss by the labels of the whole batch, as it does for causal LMs, a micro-batch counts
+    as much as it has labels. Elsewhere all count equally, as they should where they have the same number of samples;
+    the last ones of an epoch may not: ``dataloader_drop_last=True`` leaves them out.
 
     Args:
         options: those of :class:`SNRAdaptiveLR`: ``smoothing``, ``min_factor``, ``max_factor``, ``metric``, ``adapt``,
@@ -75,6 +79,7 @@ class SNRCallback(TrainerCallback, ExportableState):
         self.scheduler: SNRAdaptiveLR | None = None
         self.statistics: dict[str, Any] | None = None  # set by a Trainer that restores callbacks from a checkpoint
         self._steps: ScaledSteps | None = None
+        self._shares: TokenShares | None = None
 
     def metrics(self) -> dict[str, float]:
         """:meth:`SNRAdaptiveLR.metrics`, about the last step; empty before training begins."""
@@ -94,13 +99,7 @@ class SNRCallback(TrainerCallback, ExportableState):
         self._remove()  # after a train() that failed
         trainer = _trainer_of(self, state)
         _refuse_what_cannot_work(trainer, args)
-        if getattr(trainer, "num_generations", 1) > 1 and not hasattr(trainer, "gradient_weights"):
-            warnings.warn(
-                f"{type(self).__name__}: {type(trainer).__name__} spreads the outputs of a prompt over micro-batches, "
-                "so that the noise between prompts is not seen and the factor is too high. OBLRTrainerMixin of "
-                "snr_optim.integrations.trl keeps prompts whole",
-                stacklevel=2,
-            )
+        _say_where_prompts_are_split(trainer, args)
         name = type(self).__name__
         callbacks = trainer.callback_handler.callbacks
         if sum(isinstance(callback, SNRCallback) for callback in callbacks) > 1:
@@ -109,6 +108,7 @@ class SNRCallback(TrainerCallback, ExportableState):
         callbacks.remove(self)
         callbacks.insert(0, self)
         self._steps = ScaledSteps(kwargs["optimizer"], trainer.model_wrapped, **self.options)
+        self._shares = TokenShares(trainer, self._steps)
         self.scheduler = self._steps.scheduler
         # The Trainer expects an entry when it saves; a checkpoint made without this callback has none.
         saved = _saved(state).setdefault(name, self.state())
@@ -146,7 +146,8 @@ class SNRCallback(TrainerCallback, ExportableState):
             return
         ours = {f"snr/{name}": value for name, value in self.metrics().items() if math.isfinite(value)}
         logs.update(ours)
-        state.log_history[-1].update(ours)
+        if state.log_history and "learning_rate" in state.log_history[-1]:  # a log() of one's own may keep none
+            state.log_history[-1].update(ours)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -155,9 +156,44 @@ class SNRCallback(TrainerCallback, ExportableState):
         self._remove()
 
     def _remove(self) -> None:
-        if self._steps is not None:
+        if self._steps is not None and self._shares is not None:
+            self._shares.remove()
             self._steps.remove()
-            self._steps = None
+            self._steps = self._shares = None
+
+
+class TokenShares:
+    """Micro-batches of a Trainer that divides losses by the labels of the whole batch: each counts by its labels.
+
+    In the place of two methods of the Trainer, until removed: the one that fetches the micro-batches of a step, and
+    the one that runs the backward pass of each.
+    """
+
+    def __init__(self, trainer: Trainer, steps: ScaledSteps) -> None:
+        self._trainer, self._steps = trainer, steps
+        self._labels: list[float] = []  # of the micro-batches to come
+        vars(trainer).update(get_batch_samples=self._get_batch_samples, training_step=self._training_step)
+
+    def remove(self) -> None:
+        for name in ("get_batch_samples", "training_step"):
+            vars(self._trainer).pop(name, None)
+
+    def _get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer
+        batches, number = type(trainer).get_batch_samples(trainer, *args, **kwargs)
+        if number is None:  # losses are means
+            self._labels = []
+        else:  # the host waits once for each step
+            counts = [batch["labels"].ne(-100).sum() for batch in batches]
+            self._labels = torch.stack(counts).clamp_min(1).tolist()
+        return batches, number
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
+        step = partial(type(self._trainer).training_step, self._trainer, *args, **kwargs)
+        if not self._labels:
+            return step()
+        with self._steps.handle.sub_batch(size=self._labels.pop(0)):
+            return step()
 
 
 def _trainer_of(callback: SNRCallback, state: TrainerState) -> Trainer:
@@ -165,10 +201,15 @@ def _trainer_of(callback: SNRCallback, state: TrainerState) -> Trainer:
 
     It hands callbacks the bare model, without the DistributedDataParallel around it, and no way from there to itself.
     """
-    trainers: list[Trainer] = [each for each in gc.get_objects() if issubclass(type(each), Trainer)]
-    for trainer in trainers:
-        if getattr(trainer, "state", None) is state:
-            return trainer
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:  # it stands on the stack, above the handler of its callbacks
+        found: Any = frame.f_locals.get("self")
+        if issubclass(type(found), Trainer) and getattr(found, "state", None) is state:
+            return found  # type: ignore[no-any-return]
+        frame = frame.f_back
+    for found in gc.get_objects():  # or its handler was called by a loop of somebody else's
+        if issubclass(type(found), Trainer) and getattr(found, "state", None) is state:
+            return found  # type: ignore[no-any-return]
     raise RuntimeError(
         f"{type(callback).__name__}: called by no transformers Trainer. In a loop of your own, use "
         "SNRAdaptiveLR(optimizer).attach(model)"
@@ -199,6 +240,25 @@ def _refuse_what_cannot_work(trainer: Trainer, args: TrainingArguments) -> None:
             "gradient_accumulation_steps=1 in one process: one backward() per optimizer step says nothing about noise. "
             f"Set gradient_accumulation_steps to 2 or more (per_device_train_batch_size="
             f"{args.per_device_train_batch_size} divided by as much keeps the batch), best 4 to 16"
+        )
+
+
+def _say_where_prompts_are_split(trainer: Any, args: TrainingArguments) -> None:
+    """In TRL's trainers with groups of outputs, which are no independent draws."""
+    size, rows = getattr(trainer, "num_generations", 1), args.per_device_train_batch_size
+    split = None
+    if size > 1 and not hasattr(trainer, "gradient_weights"):
+        split = "OBLRTrainerMixin of snr_optim.integrations.trl keeps prompts whole"
+    elif size > 1 and rows % size:
+        split = (
+            f"per_device_train_batch_size={rows} is no multiple of num_generations={size}: set it to a multiple, and "
+            "gradient_accumulation_steps to 2 or more"
+        )
+    if split is not None:
+        warnings.warn(
+            "SNRCallback: outputs of one prompt lie in several micro-batches, so that the noise between prompts is not "
+            f"seen and the factor is too high. {split}",
+            stacklevel=2,
         )
 
 

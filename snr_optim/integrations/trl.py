@@ -23,6 +23,7 @@ from snr_optim.per_sample import logit_grad_norms
 
 BASELINE_FILE = "oblr_baseline.pt"
 GROUP = "oblr_group"  # which prompt of the generated batch a row belongs to
+LOSSES = ("trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer")  # whose losses are known
 TESTED = "1.14, 1.15 and 1.16"
 OVERRIDDEN = ("_generate_and_score_completions", "_calculate_rewards", "_prepare_inputs", "_save_checkpoint")
 RELIED_ON = (
@@ -97,7 +98,7 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
         if missing:
             raise _unsupported(type(self), missing)
         _expect_rewards_without_kl(self.args)
-        findings = check_unbiased(self.args)
+        findings = check_unbiased(self.args) + self._other_losses()
         if findings and require_unbiased:
             raise ValueError("require_unbiased:\n- " + "\n- ".join(findings))
         if findings:
@@ -106,15 +107,16 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
                 stacklevel=2,
             )
 
-        rows, size = self.args.per_device_train_batch_size, self.num_generations
-        measured = any(type(callback).__name__ == "SNRCallback" for callback in self.callback_handler.callbacks)
-        if measured and rows % size:
-            warnings.warn(
-                f"per_device_train_batch_size={rows} is no multiple of num_generations={size}: outputs of one prompt "
-                "lie in several micro-batches, and SNRCallback does not see the noise between prompts. Set it to a "
-                "multiple, and gradient_accumulation_steps to 2 or more",
-                stacklevel=2,
-            )
+    def _other_losses(self) -> list[str]:
+        """What of the loss is not in the settings."""
+        found = []
+        if getattr(self, "aux_loss_enabled", False):
+            found.append("the router's auxiliary loss is added to the objective: set router_aux_loss_coef=0.0")
+        for name in ("compute_loss", "_compute_loss"):
+            theirs = getattr(getattr(type(self), name, None), "__module__", LOSSES[0])
+            if theirs not in LOSSES:
+                found.append(f"{name} is that of {theirs}, not TRL's: make sure that it is sum A log pi")
+        return found
 
     def gradient_weights(self, batch: dict[str, Any]) -> Tensor:
         r"""``||grad log pi(o)||^2`` of every completion, or what stands for it; only their ratios matter.
@@ -198,7 +200,8 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
         if not self.model.training or self._buffered_inputs is before:
             return inputs
         size = self.args.per_device_train_batch_size
-        if len(self._buffered_inputs) > 1 and size % self.num_generations == 0:
+        images = self._buffered_inputs[0].get("pixel_values") is not None  # their rows are not those of the batch
+        if len(self._buffered_inputs) > 1 and size % self.num_generations == 0 and not images:
             self._buffered_inputs = _by_prompt(self._buffered_inputs, size)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs

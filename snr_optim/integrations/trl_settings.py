@@ -81,6 +81,12 @@ SETTINGS = [
         "disable_dropout=True",
     ),
     Setting(
+        "neftune_noise_alpha",
+        one_of(0, None),
+        "adds noise to embeddings: outputs are of another policy than the gradient",
+        "neftune_noise_alpha=None",
+    ),
+    Setting(
         "max_grad_norm",
         lambda value, args: not value or value >= UNCLIPPED,
         "clips the gradient, and the more the noisier it is",
