@@ -265,7 +265,10 @@ def last_checkpoint(args: argparse.Namespace) -> str | None:
         raise SystemExit(f"error: --resume: there is no checkpoint in {args.out}")
     if checkpoint is None:
         return None
-    made_with = json.loads((args.out / "settings.json").read_text())
+    try:
+        made_with = json.loads((args.out / "settings.json").read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: --resume: {args.out / 'settings.json'} cannot be read: {error}") from None
     changed = [
         f"{name} {made_with.get(name)}" for name, value in settings(args).items() if made_with.get(name) != value
     ]
