@@ -18,8 +18,10 @@ settings.register_profile("repeat", deadline=None, derandomize=True)
 settings.load_profile("repeat")
 
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # cores are shared with the other workers
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+if "PYTEST_XDIST_WORKER" in os.environ:  # cores are shared with the other workers, and what they start
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 @pytest.hookimpl(tryfirst=True)

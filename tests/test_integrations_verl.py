@@ -405,7 +405,7 @@ def test_the_command_finds_its_way_into_verl_and_reads_a_config(capsys):
     out = capsys.readouterr().out
     assert "PROBLEM" not in out
     assert "biased" not in out
-    assert "algorithm.adv_estimator=grad_weighted" in out
+    assert "ok       registered: grad_weighted" in out
     assert main(["check", "algorithm.adv_estimator=oblr_po", f"{ACTOR}.use_dynamic_bsz=True"]) == 1
     assert "PROBLEM  actor_rollout_ref.actor.calculate_sum_pi_squared=False" in capsys.readouterr().out
     assert main(["check", *OURS, *UNBIASED, "no.such.setting=1"]) == 1
