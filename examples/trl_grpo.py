@@ -6,7 +6,7 @@ r"""TRL's GRPO with the two lines that make it OBLR-PO; from arithmetic on a lap
     torchrun --nproc-per-node 8 examples/trl_grpo.py --model Qwen/Qwen3-4B-Base --dataset train.jsonl \
         --num-generations 8 --prompts 128 --gradient-checkpointing --out runs/qwen3-4b
 
-``make_trainer`` is the function to copy. Needs TRL: ``pip install 'snr-optim[trl,examples]'``.
+``make_trainer`` is the function to copy. Needs TRL: ``pip install '.[trl,examples]'`` in a checkout.
 """
 
 from __future__ import annotations
