@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+
+# What other processes run in verl cannot even be imported without it.
+collect_ignore = [] if importlib.util.find_spec("verl") else ["verl_cases.py"]
 
 # To look for new examples: pytest --hypothesis-profile=explore
 settings.register_profile("explore", deadline=None)

@@ -60,10 +60,10 @@ def check_installation() -> list[str]:
     loaded = names == {"auto"} or any(entry.name in names for entry in entries)
     say(loaded, f"VERL_USE_EXTERNAL_PLUGINS={policy}" + ("" if loaded else " leaves snr_optim out"))
 
-    try:
-        from snr_optim.integrations.verl import plugin, replacing
-    except Exception as error:
-        say(False, f"the plugin cannot be loaded: {error!r}")
+    from snr_optim.integrations.verl import plugin, replacing
+
+    if not plugin.INSTALLED:
+        say(False, "wrapt is not installed, and the plugin needs it: pip install wrapt")
         return problems
     for module in plugin.CHANGES:
         try:

@@ -27,13 +27,20 @@ CHANGES = {
     "verl.workers.engine.fsdp.transformer_impl": change_fsdp_engine,
 }
 
-try:
-    import wrapt
-except ImportError:
-    logging.getLogger("snr_optim").warning(
-        "snr-optim: its verl plugin needs wrapt, which is not installed; algorithm.adv_estimator=grad_weighted will be "
-        "unknown. `pip install 'snr-optim[verl]'` brings it"
-    )
-    raise
-for name, change in CHANGES.items():
-    wrapt.register_post_import_hook(guarded(change), name)
+
+def install() -> bool:
+    """Wait for what CHANGES names; False, and a line in the log, without the package that does the waiting."""
+    try:
+        import wrapt
+    except ImportError:
+        logging.getLogger("snr_optim").warning(
+            "snr-optim: its verl plugin needs wrapt, which is not installed; algorithm.adv_estimator=grad_weighted will "
+            "be unknown. `pip install wrapt` brings it"
+        )
+        return False
+    for name, change in CHANGES.items():
+        wrapt.register_post_import_hook(guarded(change), name)
+    return True
+
+
+INSTALLED = install()
