@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,8 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# What other processes run in verl cannot even be imported without it.
-collect_ignore = [] if importlib.util.find_spec("verl") else ["verl_cases.py"]
+collect_ignore = ["verl_cases.py"]  # what other processes run; cannot even be imported without verl
 
 # To look for new examples: pytest --hypothesis-profile=explore
 settings.register_profile("explore", deadline=None)

@@ -34,8 +34,8 @@ def install() -> bool:
         import wrapt
     except ImportError:
         logging.getLogger("snr_optim").warning(
-            "snr-optim: its verl plugin needs wrapt, which is not installed; algorithm.adv_estimator=grad_weighted will "
-            "be unknown. `pip install wrapt` brings it"
+            "snr-optim: its verl plugin needs wrapt, which is not installed; algorithm.adv_estimator=grad_weighted "
+            "will be unknown. `pip install wrapt` brings it"
         )
         return False
     for name, change in CHANGES.items():
