@@ -89,9 +89,9 @@ def test_the_variance_is_that_of_the_batch_gradient():
                 second = second + o.probability[i] * o.probability[j] * g.square().sum()
         by_hand += float(second - mean.square().sum()) / 8**2
     scales = dict.fromkeys(baseline_variance.UNKNOWN_SCALES, (1.0, 0.0))
-    rows = baseline_variance.measure(stage, 8, group, [study], 3000, scales)
+    rows = baseline_variance.measure(stage, 8, group, [study], 1500, scales)
     [rloo] = [row for row in rows if row["method"] == "RLOO"]
-    assert rloo["variance"] == pytest.approx(by_hand, rel=0.05)  # 3000 draws: a standard error of about 1.5 %
+    assert rloo["variance"] == pytest.approx(by_hand, rel=0.05)  # 1500 draws: a standard error of about 2.1 %
     assert rloo["low"] <= rloo["to_oracle"] <= rloo["high"]
     [dr_grpo] = [row for row in rows if row["method"] == "Dr. GRPO"]
     assert dr_grpo["variance"] == pytest.approx(rloo["variance"])  # the same up to its scale
