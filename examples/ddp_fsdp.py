@@ -12,7 +12,6 @@ the same learning rate.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import random
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from arithmetic import is_correct, problems
 from options import Parser
 from policy import Policy, baseline_weights, local_model, sample, sequence_log_probs, tiny_qwen3, warm_start
-from runs import Row, interruptible, read_metrics, save_atomically, stop_requested
+from runs import Row, expect_same_settings, interruptible, read_metrics, save_atomically, stop_requested, to_json
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -181,10 +180,7 @@ def load(args: argparse.Namespace) -> dict[str, Any] | None:
     saved = None
     if args.resume:
         saved = torch.load(args.out / CHECKPOINT, weights_only=True, map_location="cpu", mmap=True)
-        now, before = settings(args), saved["settings"]
-        changed = ", ".join(f"{name} {before.get(name)}" for name in now if before.get(name) != now[name])
-        if changed:
-            raise SystemExit(f"error: --resume: {args.out} was made with {changed}")
+        expect_same_settings(args.out, settings(args), saved["settings"])
     dist.barrier()  # no rank has refused
     if dist.get_rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -199,11 +195,6 @@ def log(args: argparse.Namespace, row: Row) -> None:
         file.write(to_json(row))
     line = "step {step:4.0f}  reward {reward:.3f}  lr {lr:.1e}  factor {factor:.2f}  SNR {snr:+.2f}"
     print(line.format(**row), flush=True)
-
-
-def to_json(row: Row) -> str:
-    """JSON has no NaN, so what is unknown is null."""
-    return json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}) + "\n"
 
 
 # -- processes and options ---------------------------------------------------------------------------------------------

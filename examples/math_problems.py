@@ -16,6 +16,8 @@ from typing import Any
 from arithmetic import Problem
 
 QUESTIONS, ANSWERS = ("question", "problem", "prompt"), ("answer", "solution")
+# What the checker reads is where a model is told to write.
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 LISTED = 5  # bad lines that an error names
 LONGEST = 1000  # characters of an answer that are looked into; longer ones are compared as they are
 LARGEST_EXPONENT = 400

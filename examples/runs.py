@@ -42,17 +42,14 @@ class Run:
             self.metrics.unlink(missing_ok=True)
             return 0
         checkpoint = torch.load(self.saved, weights_only=True)
-        changed = [name for name, value in self.settings.items() if checkpoint["settings"].get(name) != value]
-        if changed:
-            before = ", ".join(f"{name} {checkpoint['settings'].get(name)}" for name in changed)
-            raise SystemExit(f"error: --resume: {self.folder} was made with {before}")
+        expect_same_settings(self.folder, self.settings, checkpoint["settings"])
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
         rows = [row for row in read_metrics(self.folder) if row["step"] <= checkpoint["step"]]
-        self.metrics.write_text("".join(map(_to_json, rows)))
+        self.metrics.write_text("".join(map(to_json, rows)))
         return int(checkpoint["step"]) + 1
 
     def steps(self, first: int, num: int) -> Iterator[int]:
@@ -67,7 +64,7 @@ class Run:
         """Append one row of numbers to ``metrics.jsonl``."""
         numbers = {name: float(value) for name, value in row.items()}
         with self.metrics.open("a") as file:
-            file.write(_to_json(numbers))
+            file.write(to_json(numbers))
         self.on_row(numbers)
 
     def checkpoint(self, step: int, **parts: Any) -> None:
@@ -95,9 +92,17 @@ def read_metrics(folder: Path) -> list[Row]:
     return rows
 
 
-def _to_json(row: Row) -> str:
+def to_json(row: dict[str, Any]) -> str:
     """One line; JSON has no NaN, so what is unknown (the SNR of a batch of flat rewards) is null."""
-    return json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}) + "\n"
+    known = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+    return json.dumps(known) + "\n"
+
+
+def expect_same_settings(folder: Path, now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Stop with one line where a run is to be resumed with other settings than it was made with."""
+    changed = [f"{name} {before.get(name)}" for name, value in now.items() if before.get(name) != value]
+    if changed:
+        raise SystemExit(f"error: --resume: {folder} was made with {', '.join(changed)}")
 
 
 def save_atomically(state: Any, path: Path) -> None:

@@ -31,7 +31,7 @@ import torch
 from datasets import Dataset
 from options import Parser
 from policy import tiny_qwen3, warm_start
-from runs import interruptible, stop_requested
+from runs import expect_same_settings, interruptible, stop_requested, to_json
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
@@ -48,7 +48,6 @@ DEFAULTS = {  # with the built-in task, with --model and --dataset
     "max_completion_length": (7, 1024),
 }
 LRS = {"oblr-po": (1e-3, 8e-6), "grpo": (2e-4, 1e-6)}
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 LAST = 20  # steps in the mean that is called the final reward
 SHOWN = ("reward", "learning_rate", "snr/factor", "grad_norm", "completions/mean_length")
 
@@ -120,8 +119,8 @@ def file_task(args: argparse.Namespace) -> tuple[str, Any, Dataset, Callable[...
 
     def prompt(question: str) -> Any:
         if chat:
-            return [{"role": "user", "content": f"{question}\n{INSTRUCTION}"}]
-        return f"Question: {question}\n{INSTRUCTION}\nAnswer:"
+            return [{"role": "user", "content": f"{question}\n{math_problems.INSTRUCTION}"}]
+        return f"Question: {question}\n{math_problems.INSTRUCTION}\nAnswer:"
 
     def reward(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
         texts = [each if isinstance(each, str) else each[-1]["content"] or "" for each in completions]
@@ -142,26 +141,20 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:  # steps that were done after the checkpoint are done again
-            self.path.write_text("".join(_line(row) for row in state.log_history if "reward" in row))
+            self.path.write_text("".join(to_json(row) for row in state.log_history if "reward" in row))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "reward" not in (logs or {}):
             return
         row = state.log_history[-1]
         with self.path.open("a") as file:
-            file.write(_line(row))
+            file.write(to_json(row))
         shown = [f"{name.split('/')[-1]} {row[name]:.3g}" for name in SHOWN if isinstance(row.get(name), float)]
         print(f"step {row['step']:>4}  " + "  ".join(shown), flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if stop_requested():
             control.should_training_stop = control.should_save = True
-
-
-def _line(row: dict[str, Any]) -> str:
-    """JSON has no NaN: what is unknown is null."""
-    known = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
-    return json.dumps(known) + "\n"
 
 
 def summary(args: argparse.Namespace, trainer: GRPOTrainer, seconds: float) -> dict[str, Any]:
@@ -269,11 +262,7 @@ def last_checkpoint(args: argparse.Namespace) -> str | None:
         made_with = json.loads((args.out / "settings.json").read_text())
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --resume: {args.out / 'settings.json'} cannot be read: {error}") from None
-    changed = [
-        f"{name} {made_with.get(name)}" for name, value in settings(args).items() if made_with.get(name) != value
-    ]
-    if changed:
-        raise SystemExit(f"error: --resume: {args.out} was made with {', '.join(changed)}")
+    expect_same_settings(args.out, settings(args), made_with)
     return checkpoint
 
 

@@ -89,7 +89,7 @@ class SNRAdaptiveLR(LRScheduler):
         adapt: bool = True,
         per_group: bool = False,
     ) -> None:
-        optimizer = _unwrapped(optimizer)
+        optimizer = unwrapped(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if schedule is not None:
@@ -98,7 +98,7 @@ class SNRAdaptiveLR(LRScheduler):
                     "schedule: expected an LRScheduler that needs no metric and is no SNRAdaptiveLR, "
                     f"got {type(schedule).__name__}; of accelerate's wrapper, pass what was given to prepare()"
                 )
-            if _unwrapped(schedule.optimizer) is not optimizer:
+            if unwrapped(schedule.optimizer) is not optimizer:
                 raise ValueError("schedule: expected a scheduler of the same optimizer")
         if not 0 <= min_factor <= max_factor <= 1:
             raise ValueError(
@@ -444,7 +444,7 @@ class SNRAdaptiveLR(LRScheduler):
         self._loaded = True
 
 
-def _unwrapped(optimizer: Any) -> Any:
+def unwrapped(optimizer: Any) -> Any:
     """The optimizer that does the step, within wrappers such as accelerate's."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer

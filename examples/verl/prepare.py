@@ -9,9 +9,7 @@ from pathlib import Path
 from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from math_problems import load_problems
-
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+from math_problems import INSTRUCTION, load_problems
 
 
 def main(argv: list[str] | None = None) -> None:

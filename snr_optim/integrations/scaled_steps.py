@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from snr_optim.backward import is_nested_step
-from snr_optim.scheduler import SNRAdaptiveLR, copy_of, write_lrs
+from snr_optim.scheduler import SNRAdaptiveLR, copy_of, unwrapped, write_lrs
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -24,7 +24,10 @@ def check_options(options: dict[str, Any]) -> None:
         ValueError: what :class:`SNRAdaptiveLR` raises.
     """
     if "schedule" in options:
-        raise TypeError("schedule: the trainer's own scheduler is the ceiling; choose it there")
+        raise TypeError(
+            "schedule: the trainer's own scheduler is the ceiling; choose it there, by lr_scheduler_type or "
+            "Trainer(optimizers=(optimizer, scheduler))"
+        )
     try:
         SNRAdaptiveLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), **options)
     except TypeError as error:
@@ -72,9 +75,7 @@ class ScaledSteps:
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, **options: Any) -> None:
-        while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = optimizer.optimizer  # type: ignore[attr-defined]
-        self.optimizer = optimizer
+        self.optimizer = optimizer = unwrapped(optimizer)
         self._ceilings: list[float | Tensor] | None = None  # while it is not the ceilings that stand in the optimizer
         ceilings = self._lrs()
         self.scheduler = SNRAdaptiveLR(optimizer, **options)  # writes its first lr, as all schedulers do

@@ -69,11 +69,6 @@ class SNRCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, **options: Any) -> None:
-        if "schedule" in options:
-            raise TypeError(
-                "schedule: the Trainer's own scheduler is the ceiling; choose it by lr_scheduler_type, or "
-                "Trainer(optimizers=(optimizer, scheduler))"
-            )
         check_options(options)
         self.options = options
         self.scheduler: SNRAdaptiveLR | None = None
