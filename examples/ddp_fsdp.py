@@ -265,7 +265,7 @@ def start(args: argparse.Namespace) -> torch.device:
 def main() -> None:
     args = parse_arguments(processes=int(os.environ.get("WORLD_SIZE", 1)))
     device = start(args)
-    with interruptible():  # torchrun hands Ctrl-C on to all ranks, and kills what has not ended after 30 seconds
+    with interruptible():  # torchrun hands Ctrl-C on to all ranks, and kills what has not ended after a while
         train(args, device)
     # Not where a rank has failed: the others may be waiting for it, and torchrun ends them.
     dist.barrier()
