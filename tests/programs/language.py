@@ -1,0 +1,334 @@
+"""A program: the setting of a run, and a flat list of what is done in it. Its ``repr`` is the program itself.
+
+Every sequence of operations has a meaning, so that a program that fails can be made shorter by leaving some out.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+
+MODELS = ["plain", "tied", "shared", "experts", "parts", "checkpointed", "reentrant"]
+OPTIMIZERS = ["sgd", "momentum", "adam", "adamw", "nadam", "adagrad", "rmsprop"]
+SCHEDULES = ["warm-up", "cosine", "lambda", "exponential", "sequential"]
+FUSED = {"sgd", "adam", "adamw", "adagrad"}  # on a CPU; torch's momentum fails where a parameter had no gradient
+NO_TENSOR_LR_IN_FOREACH = {"adam", "adamw"}  # which torch refuses where the step is not capturable
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is built before the loop."""
+
+    model: str = "plain"
+    groups: int = 1
+    optimizer: str = "sgd"
+    implementation: str = "loop"  # or foreach, fused
+    lr: str = "float"  # or tensor, one for each group; or shared, one tensor in all groups
+    schedule: str | None = None
+    smoothing: float | str = 0.0
+    min_factor: float = 0.0
+    max_factor: float = 1.0
+    per_group: bool = False
+    adapt: bool = True
+    scaler: bool = False  # the loop uses a GradScaler
+    wrapper: str | None = None  # ddp, ddp as views, or fully_shard, of two processes
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Forward pass, loss and ``backward()`` of one micro-batch."""
+
+    data: int = 0  # seed of its inputs
+    rows: int = 2
+    kind: str = "loss"  # or flat (zero advantages), nan, inf
+    route: int = 0  # the expert, or the part of the model, that it goes through
+    spare: bool = False  # it also uses the layer that belongs to no optimizer at first
+    size: float | None = None  # stated by sub_batch()
+    again: bool = False  # backward() twice, the first time with retain_graph
+    fails: bool = False  # backward() raises before it reaches the first layers
+    grad_first: bool = False  # torch.autograd.grad of the same loss before, within the sub_batch()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A ``sub_batch()`` without a backward pass."""
+
+    size: float = 1.0
+
+
+@dataclass(frozen=True)
+class TwoLosses:
+    """Two backward passes in one ``sub_batch()``: of two parts of the model, or, which is refused, of the same."""
+
+    data: int = 0
+    size: float = 1.0
+    same: bool = False
+
+
+@dataclass(frozen=True)
+class Grad:
+    """``torch.autograd.grad`` of a loss with respect to all parameters, or to one."""
+
+    data: int = 0
+    route: int = 0
+    one: bool = False
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Somebody writes to every ``.grad``: in place, as another tensor, or through ``.data``, which bumps no version."""
+
+    how: str = "in place"  # or replaced, data
+
+
+@dataclass(frozen=True)
+class Clip:
+    how: str = "norm"  # or value
+    bound: float = 0.01
+
+
+@dataclass(frozen=True)
+class Zero:
+    to_none: bool = True
+
+
+@dataclass(frozen=True)
+class Step:
+    """``optimizer.step()``, through the scaler where there is one; a ``.grad`` that is not finite is zeroed before."""
+
+    unscale: bool = False  # scaler.unscale_() and clipping before it
+    closure: tuple[Backward, ...] = ()  # backward passes within step(closure)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``scheduler.step()``."""
+
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The program goes on with a copy of everything, attached anew; the original may go on as well, elsewhere."""
+
+    how: str = "saved"  # torch.save, weights_only, fresh objects; or state_dict (not saved), deepcopy, pickle
+    scheduler_first: bool = False  # which state is loaded first
+    disturb: bool = False  # the original takes a step of its own after that
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """``requires_grad`` of the layer that may be frozen is toggled."""
+
+
+@dataclass(frozen=True)
+class AddGroup:
+    """The spare layer becomes a parameter group."""
+
+    lr: float | None = 0.03  # None: the default of the optimizer
+
+
+@dataclass(frozen=True)
+class Attach:
+    """The handle is removed, and ``attach()`` called anew."""
+
+
+Operation = (
+    Backward | Skipped | TwoLosses | Grad | Edit | Clip | Zero | Step | Schedule | Copy | Freeze | AddGroup | Attach
+)
+
+
+@dataclass(frozen=True)
+class Program:
+    setting: Setting = field(default_factory=Setting)
+    operations: tuple[Operation, ...] = ()
+
+    def __str__(self) -> str:
+        lines = ["Program(", f"    {self.setting},", "    (", *(f"        {one}," for one in self.operations), "    ),", ")"]
+        return "\n".join(lines)
+
+
+def allowed(operation: Operation, setting: Setting) -> bool:
+    """Whether the operation exists in a setting; where not, it is left out."""
+    if isinstance(operation, AddGroup):  # torch's schedulers take no group that was added later, nor does its Adagrad
+        known = operation.lr is not None or setting.lr != "shared"  # whose default is the tensor that all groups share
+        return setting.schedule is None and setting.optimizer != "adagrad" and known
+    if isinstance(operation, TwoLosses):
+        return operation.same or setting.model == "parts"
+    if isinstance(operation, Backward) and operation.fails:
+        # A reentrant checkpoint's own passes succeed before that around them fails; of two parts one may be complete.
+        return setting.model != "reentrant" and not (setting.model == "parts" and operation.route == 2)
+    if isinstance(operation, Step) and operation.closure:
+        return not setting.scaler  # which takes none
+    return True
+
+
+# -- drawing one ------------------------------------------------------------------------------------
+
+
+def program_of(seed: int, wrapper: str | None = None) -> Program:
+    """The program of a seed: the same on every machine and every run."""
+    draw = random.Random(f"{wrapper} {seed}")
+    setting = _setting(draw) if wrapper is None else _distributed(_setting(draw), wrapper, draw)
+    operations: list[Operation] = []
+    for _ in range(draw.randint(3, 7)):
+        operations += _round(draw, setting)
+    kept = tuple(one for one in operations if allowed(one, setting))
+    if wrapper is not None:
+        kept = tuple(one for one in kept if _everywhere(one))
+    return Program(setting, kept)
+
+
+def _setting(draw: random.Random) -> Setting:
+    optimizer = draw.choice(OPTIMIZERS)
+    lr = draw.choices(["float", "tensor", "shared"], [6, 3, 1])[0]
+    min_factor = draw.choice([0.0, 0.0, 0.01, 0.2])
+    return Setting(
+        model=draw.choice(MODELS),
+        groups=draw.choice([1, 2, 2, 3]),
+        optimizer=optimizer,
+        implementation=draw.choice(_implementations(optimizer, lr != "float")),
+        lr=lr,
+        schedule=draw.choice([None, None, None, *SCHEDULES]),
+        smoothing=draw.choice([0.0, 0.5, 0.9, "auto", "auto"]),
+        min_factor=min_factor,
+        max_factor=draw.choice([1.0, 1.0, 0.6]),
+        per_group=draw.random() < 0.3,
+        adapt=draw.random() < 0.95,
+        scaler=draw.random() < 0.2,
+    )
+
+
+def _implementations(optimizer: str, tensor_lr: bool) -> list[str]:
+    """Those that torch has."""
+    foreach = not (tensor_lr and optimizer in NO_TENSOR_LR_IN_FOREACH)
+    return ["loop", *(["fused"] if optimizer in FUSED else []), *(["foreach"] if foreach else [])]
+
+
+def _round(draw: random.Random, setting: Setting) -> list[Operation]:
+    """One batch: backward passes with things between them, a step or none, and things between batches."""
+
+    def chance(probability: float) -> bool:
+        return draw.random() < probability
+
+    stated = draw.choices(["none", "all", "mixed"], [14, 6, 1])[0]
+    kind = draw.choices(["loss", "flat", "nan", "inf"], [88, 5, 5, 2])[0]
+    done: list[Operation] = []
+    passes = []
+    for number in range(draw.choice([1, 2, 2, 3, 3, 4, 5])):
+        sized = stated == "all" or (stated == "mixed" and chance(0.5))
+        rows = draw.randint(1, 4)
+        # One bad micro-batch spoils a batch; a flat one does not, if the others are not.
+        of_this = kind if kind == "flat" or (number == 0 and kind != "loss") else "flat" if chance(0.05) else "loss"
+        passes.append(
+            Backward(
+                data=draw.randrange(10**6),
+                rows=rows,
+                kind=of_this,
+                route=draw.randrange(3),
+                spare=chance(0.1),
+                size=float(rows) if sized else None,
+                again=chance(0.03),
+                fails=chance(0.02),
+                grad_first=chance(0.04),
+            )
+        )
+    in_closure = passes if chance(0.06) and not setting.scaler else []
+    for one in passes if not in_closure else []:
+        if chance(0.01):
+            done.append(Freeze())
+        if one.size is not None and chance(0.08):
+            done.append(Skipped(draw.choice([1.0, 2.0])))
+        if chance(0.04 if setting.model == "parts" else 0.004):
+            same = setting.model != "parts" or chance(0.2)
+            done.append(TwoLosses(draw.randrange(10**6), one.size or 1.0, same=same))
+        done.append(one)
+        if one.fails and chance(0.8):
+            done.append(Zero(chance(0.7)))
+        if chance(0.08):
+            done.append(Grad(draw.randrange(10**6), draw.randrange(3), chance(0.3)))
+        if chance(0.02):
+            done.append(Edit(draw.choice(["in place", "replaced", "data"])))
+        if chance(0.01):
+            done.append(Clip())
+        if chance(0.01):
+            done.append(Zero(chance(0.7)))
+        if chance(0.006):
+            done.append(_copy(draw))
+        if chance(0.004):
+            done.append(Attach())
+    if chance(0.3):
+        done.append(Clip(draw.choice(["norm", "value"]), draw.choice([0.01, 100.0])))
+    if chance(0.06):
+        done.append(Edit(draw.choice(["in place", "replaced", "data"])))
+    if chance(0.04):
+        done.append(Grad(draw.randrange(10**6), draw.randrange(3)))
+    if not chance(0.1):  # else the batch is skipped
+        closure = tuple(replace(one, fails=False) for one in in_closure)
+        done.append(Step(unscale=chance(0.3), closure=closure))
+        if chance(0.05):
+            done.append(Step())
+    done += [Schedule(draw.choice([1, 1, 1, 1, 2, 5]))] if chance(0.9) else []
+    done += [Zero(chance(0.75))] if chance(0.95) else []
+    if chance(0.12):
+        done.append(_copy(draw))
+    if chance(0.07):
+        done.append(Freeze())
+    if chance(0.06):
+        done.append(AddGroup(draw.choice([0.03, None])))
+    if chance(0.04):
+        done.append(Attach())
+    return done
+
+
+def _copy(draw: random.Random) -> Copy:
+    how = draw.choice(["saved", "state_dict", "deepcopy", "pickle"])
+    return Copy(how, scheduler_first=draw.random() < 0.3, disturb=draw.random() < 0.5)
+
+
+# -- several processes ------------------------------------------------------------------------------
+
+
+def _distributed(setting: Setting, wrapper: str, draw: random.Random) -> Setting:
+    """What two processes run on a CPU: no scaler, and none of the implementations that know no DTensor."""
+    model = setting.model if setting.model in ("plain", "experts", "checkpointed") else "plain"
+    if wrapper == "fully_shard" and setting.implementation == "fused":
+        setting = replace(setting, implementation="loop")
+    return replace(setting, model=model, scaler=False, wrapper=wrapper)
+
+
+def _everywhere(operation: Operation) -> bool:
+    """What is left out under the wrappers: what torch refuses there, and what changes the model below them."""
+    if isinstance(operation, Backward):
+        return not operation.fails
+    if isinstance(operation, Copy):
+        return operation.how == "saved"
+    return not isinstance(operation, (TwoLosses, Grad, Edit, Freeze, AddGroup, Attach))
+
+
+# -- making one shorter -----------------------------------------------------------------------------
+
+
+def simpler(program: Program) -> list[Program]:
+    """Programs that are a little simpler, the simplest first."""
+    operations, found = program.operations, []
+    length = len(operations)
+    size = length // 2
+    while size >= 1:
+        for start in range(0, length, size):
+            found.append(replace(program, operations=operations[:start] + operations[start + size :]))
+        size //= 2
+    plain = Setting(wrapper=program.setting.wrapper)
+    for name, value in vars(plain).items():
+        if getattr(program.setting, name) != value:
+            setting = replace(program.setting, **{name: value})
+            kept = tuple(one for one in operations if allowed(one, setting))
+            found.append(Program(setting, kept))
+    for number, one in enumerate(operations):
+        for name, value in vars(type(one)()).items():
+            if getattr(one, name) != value:
+                simple = replace(one, **{name: value})
+                if allowed(simple, program.setting):
+                    found.append(replace(program, operations=(*operations[:number], simple, *operations[number + 1 :])))
+    return found
+
