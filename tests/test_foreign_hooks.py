@@ -87,7 +87,7 @@ def test_the_first_gradient_after_a_new_hook_is_compared_with_grad_or_not_counte
     source = AccumulationSource(model)
     ones = torch.ones(1, 1)
     model.weight.register_hook(clip)
-    model((3 * ones)).sum().backward()  # changed at once, which .grad shows
+    model(3 * ones).sum().backward()  # changed at once, which .grad shows
     with pytest.warns(UserWarning, match="counts as invalid"):
         assert torch.as_tensor(source.moments().mean_of_sq_norms).isnan()
     model.zero_grad()
