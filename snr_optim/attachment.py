@@ -1,10 +1,12 @@
 """From ``backward()`` to the learning rate of the very next ``optimizer.step()``: what ``attach()`` puts on a loop.
 
-Two hooks: those of a source, on the gradients, and one that runs when ``optimizer.step()`` begins.
+Those of a source, on the gradients; one that runs when ``optimizer.step()`` begins; and one on ``zero_grad()``, which
+tells that a batch is given up where no gradient had come that could tell it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from snr_optim.backward import current_backward, is_nested_step, loss_scale
 from snr_optim.moments import GradientMoments
 from snr_optim.sources import Norm, source_of
 from snr_optim.sources.data_parallel import DataParallelSource, runs_several_processes
+
+NEVER_STEPPED = 10  # batches cleared without any step: more than a GradScaler skips at first
 
 Observe: TypeAlias = Callable[[list[GradientMoments], int], None]  # moments by group, batches dropped before this one
 
@@ -53,9 +57,10 @@ class Attachment:
         self._hook = self._optimizer.register_step_pre_hook(
             torch.compiler.disable(self._on_step)  # type: ignore[no-untyped-call]
         )
+        self._hook_zero_grad()
         self._attached = True
         self.moments: GradientMoments | None = None
-        self._warned = False
+        self._warned = self._warned_never_stepped = False
 
     def sub_batch(self, size: float) -> Any:
         """``with handle.sub_batch(size=n): loss.backward()`` states the size of an unequal micro-batch.
@@ -74,6 +79,27 @@ class Attachment:
             self._attached = False
             self._source.remove()
             self._hook.remove()
+            if vars(self._optimizer).get("zero_grad") is self._zero_grad:
+                del self._optimizer.zero_grad  # the method of its class shows again
+
+    @property
+    def dropped(self) -> int:
+        """Batches whose gradients were cleared without a step, since the last step."""
+        return self._source.dropped + self._source.was_cleared()
+
+    def warn_if_never_stepped(self) -> None:
+        """Say once that gradients come and go, and ``optimizer.step()`` is never called."""
+        if self._attached and self.moments is None and not self._warned_never_stepped:
+            dropped = self.dropped
+            if dropped >= NEVER_STEPPED:
+                self._warned_never_stepped = True
+                warnings.warn(
+                    f"attach: the gradients of {dropped} batches were cleared, and step() of "
+                    f"{type(self._optimizer).__name__} was never called, so that nothing is measured. An optimizer "
+                    "that moves by other methods (first_step() and second_step(), ...) is not seen: build "
+                    "SNRAdaptiveLR on the one whose step() does the update, such as optimizer.base_optimizer.",
+                    stacklevel=4,
+                )
 
     @property
     def attached(self) -> bool:
@@ -85,6 +111,21 @@ class Attachment:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+    def _hook_zero_grad(self) -> None:
+        """There are hooks for ``step()`` alone: so this is an attribute of the optimizer, which no copy inherits."""
+        original = self._optimizer.zero_grad
+
+        @functools.wraps(original)
+        def zero_grad(*args: Any, **kwargs: Any) -> Any:
+            returned = original(*args, **kwargs)
+            if self._attached and current_backward() < 0:
+                self._source.on_cleared()
+                self.warn_if_never_stepped()
+            return returned
+
+        self._zero_grad = zero_grad
+        self._optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
 
     def _watch(self) -> None:
         groups = [group["params"] for group in self._optimizer.param_groups]
@@ -138,7 +179,7 @@ class Attachment:
         parts = self._source.group_moments()
         if scale is not None:
             parts = [_unscaled(part, scale) for part in parts]
-        dropped, self._source.dropped = self._source.dropped, 0
+        dropped, self._source.dropped = self._source.dropped, 0  # moments() has settled whether there is one more
         if self._trainable() != self._watched:  # parameters were added, or unfrozen: watched from the next batch on
             self._watched = self._trainable()
             if self._watched:

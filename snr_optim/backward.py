@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,35 @@ def current_backward() -> int:
     """A number of its own for every run of the autograd engine; -1 outside of one."""
     task: int = torch._C._current_graph_task_id()
     return task
+
+
+def accumulates_into(parameter: Tensor) -> bool:
+    """Whether the running pass adds to the ``.grad`` of this leaf, as ``torch.autograd.grad`` does not.
+
+    Both run the hooks of a leaf. To ask is refused for the leaves whose gradients ``torch.autograd.grad`` hands out.
+    """
+    with torch.enable_grad():
+        node: Any = parameter.view_as(parameter).grad_fn
+    try:
+        torch._C._will_engine_execute_node(node.next_functions[0][0])
+    except RuntimeError:
+        return False
+    return True
+
+
+def depends_on(output: Tensor, leaf: Tensor) -> bool:
+    """Whether the leaf is in the graph behind a tensor."""
+    seen: set[Any] = set()
+    waiting: list[Any] = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", None) is leaf:
+            return True
+        waiting += [child for child, _ in node.next_functions]
+    return False
 
 
 def keeps_graph() -> bool:

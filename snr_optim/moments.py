@@ -285,14 +285,14 @@ class MomentAverages:
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and counters (not ``smoothing``): tensors only."""
-        return {name: value for name, value in vars(self).items() if name != "smoothing"}
+        return {name: value.clone() for name, value in vars(self).items() if name != "smoothing"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take averages and counters over, bit for bit."""
         unexpected = set(state) ^ set(self.state_dict())
         if unexpected:
             raise ValueError(f"state_dict: missing or unexpected keys {sorted(unexpected)}")
-        vars(self).update(state)
+        vars(self).update({name: value.clone() for name, value in state.items()})
 
     def _to_state(self, value: Number) -> Tensor:
         """The value in the state's precision; the state follows the moments to their device."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from snr_optim._lr import LR, Mark, copies_of, expect_lrs, ignores_lr, lrs_of, separate_lrs, unwrapped, write_lrs
 from snr_optim.attachment import Attachment
 from snr_optim.moments import GradientMoments, MomentAverages
 from snr_optim.sources import AdamNorm, Norm, euclidean
@@ -38,7 +39,8 @@ class SNRAdaptiveLR(LRScheduler):
 
     Each group's lr at construction is its ceiling ``eta_max``, or with ``schedule=`` whatever that
     scheduler says at the moment. Since the factor is often 0.05 to 0.5, a ceiling above the best constant
-    learning rate is the usual choice.
+    learning rate is the usual choice. A tensor lr that several groups share becomes a tensor for each, before the
+    first step: build the scheduler before steps are compiled or captured.
 
     :meth:`attach` measures the moments in any training loop; :meth:`observe` takes them from anywhere else.
     Timing: ``observe()`` *before* ``optimizer.step()`` lets batch ``t`` set its own step, as in the paper and in
@@ -61,7 +63,8 @@ class SNRAdaptiveLR(LRScheduler):
         per_group: a factor of its own for every parameter group, from its own gradients, in place of one for all.
 
     Raises:
-        TypeError: ``optimizer`` is no ``Optimizer``, or ``schedule`` no ``LRScheduler`` that steps by itself.
+        TypeError: ``optimizer`` is no ``Optimizer`` or has a group without an lr, or ``schedule`` is no ``LRScheduler``
+            that steps by itself.
         ValueError: ``schedule`` drives another optimizer, a number is out of its range, or ``metric`` is unknown.
 
     Example:
@@ -74,8 +77,7 @@ class SNRAdaptiveLR(LRScheduler):
         >>> scheduler.step()
     """
 
-    _last_lr: list[float | Tensor]
-    _written: list[tuple[float | Tensor, int]]
+    _last_lr: list[LR]
 
     def __init__(
         self,
@@ -92,6 +94,7 @@ class SNRAdaptiveLR(LRScheduler):
         optimizer = unwrapped(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        expect_lrs(optimizer)
         if schedule is not None:
             if not isinstance(schedule, LRScheduler) or isinstance(schedule, (ReduceLROnPlateau, SNRAdaptiveLR)):
                 raise TypeError(
@@ -106,9 +109,16 @@ class SNRAdaptiveLR(LRScheduler):
             )
         if metric not in ("euclidean", "optimizer"):
             raise ValueError(f"metric: expected 'euclidean' or 'optimizer', got {metric!r}")
+        if ignores_lr(optimizer):
+            warnings.warn(
+                f"optimizer: the steps of {type(optimizer).__name__} do not depend on the lr in its parameter groups, "
+                "so that scaling it changes nothing. Use an optimizer that moves by its lr, or adapt=False to measure.",
+                stacklevel=2,
+            )
+        separate_lrs(optimizer)
         self.schedule = schedule
         # What the inner schedule wrote last. Not its get_last_lr(): in torch 2.6 a tensor there is the live lr.
-        self._scheduled = [copy_of(group["lr"]) for group in optimizer.param_groups]
+        self._scheduled = copies_of(lrs_of(optimizer))
         self.min_factor, self.max_factor = float(min_factor), float(max_factor)
         self.metric, self.adapt, self.per_group = metric, adapt, per_group
         self._shrinks = smoothing == "auto"
@@ -118,8 +128,12 @@ class SNRAdaptiveLR(LRScheduler):
         self._floor_bound = torch.zeros((), dtype=torch.float64)
         self._dropped = 0
         self._attachment: Attachment | None = None
-        self._warned = self._loaded = self._overwritten_before = self._observed = False
+        self._warned = self._overwritten_before = self._observed = False
+        self._marks: list[Mark] | None = None  # on what was written last; None while another scheduler is in charge
+        self._by_value = False  # equal lrs stand for those marked: a checkpoint or a copy has put others in their place
+        self._at_construction: list[LR] | None = copies_of(lrs_of(optimizer))
         super().__init__(optimizer)
+        self._at_construction = None
 
     # -- statistics ---------------------------------------------------------------------------------
 
@@ -151,6 +165,7 @@ class SNRAdaptiveLR(LRScheduler):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if self._attachment is not None and self._attachment.attached:
             raise RuntimeError("attach: already attached; remove() the first handle before")
+        self._dropped = self._unstepped()  # those of an earlier handle
         norm = euclidean if self.metric == "euclidean" else self._optimizer_norm(model)
         self._attachment = Attachment(self.optimizer, model, norm, self._observe_step)
         return self._attachment
@@ -234,7 +249,7 @@ class SNRAdaptiveLR(LRScheduler):
         # d (r / (1 - r)) = dr / (1 - r)^2, and 1 - r = V / (S + V)
         metrics["snr_standard_error"] = error * ((signal + noise) / noise) ** 2 if noise else math.nan
         metrics["critical_batch_size"] = math.inf if signal <= 0 else noise / signal * num
-        metrics["skipped_unstepped"] = float(self._dropped)
+        metrics["skipped_unstepped"] = float(self._unstepped())
         for number, lr in enumerate(self._last_lr if self.per_group else []):
             metrics[f"lr_group_{number}"] = float(lr)
         return metrics
@@ -250,6 +265,10 @@ class SNRAdaptiveLR(LRScheduler):
         if any(hasattr(p, "placements") for p in model.parameters()):
             raise NotImplementedError("metric='optimizer': not with sharded parameters; use metric='euclidean'")
         return AdamNorm(self.optimizer)
+
+    def _unstepped(self) -> int:
+        """Batches whose gradients were cleared without a step, those that were noticed since the last one included."""
+        return self._dropped + (0 if self._attachment is None else self._attachment.dropped)
 
     def _observe_step(self, moments: list[GradientMoments], dropped: int) -> None:
         self._dropped += dropped
@@ -276,16 +295,43 @@ class SNRAdaptiveLR(LRScheduler):
         """
         if epoch is not None and not isinstance(epoch, int):
             raise TypeError(f"step: takes no metric, got {type(epoch).__name__}; statistics go to observe()")
-        starting = self.last_epoch < 0
-        self._step_count = getattr(self, "_step_count", 0) + 1
-        self.last_epoch += 1
-        if not starting:
+        if self.last_epoch < 0:
+            self._start()
+        else:
             self._warn_if_overwritten()
             self._warn_if_not_measured()
             self._step_schedule()
+        self._step_count = getattr(self, "_step_count", 0) + 1
+        self.last_epoch += 1
         self._write_lr()
 
-    def get_lr(self) -> list[float | Tensor]:
+    def set_ceilings(self, ceilings: Sequence[LR]) -> None:
+        """Take these ceilings from now on, and write ceiling x factor: for code that schedules them by other means.
+
+        Args:
+            ceilings: one for each parameter group, in order.
+
+        Raises:
+            RuntimeError: there is an inner ``schedule``, which says what they are.
+            ValueError: not one for each parameter group.
+        """
+        if self.schedule is not None:
+            raise RuntimeError("set_ceilings: schedule= says what the ceilings are; build the scheduler without it")
+        self._adopt_new_groups()
+        if len(ceilings) != len(self.base_lrs):
+            raise ValueError(
+                f"ceilings: expected one for each of the {len(self.base_lrs)} parameter groups, got {len(ceilings)}"
+            )
+        self.base_lrs = copies_of(list(ceilings))
+        self._write_lr()
+
+    @property
+    def total_steps(self) -> int:
+        """Steps until the inner schedule ends, where it has an end: accelerate does not step ``OneCycleLR`` past it."""
+        steps: int = self.schedule.total_steps  # type: ignore[union-attr]  # no such attribute: hasattr() says so
+        return steps
+
+    def get_lr(self) -> list[LR]:
         """Ceiling x factor, one per parameter group."""
         ceilings = self._ceilings()
         if not self.adapt:
@@ -298,15 +344,27 @@ class SNRAdaptiveLR(LRScheduler):
         return [lr * number for lr, number in zip(ceilings, factors.tolist(), strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is not attached: its optimizer is a copy without hooks, too."""
-        return {**self.__dict__, "_attachment": None}
+        """A copy is not attached, as its optimizer is a copy without hooks; lrs that were ours are the copy's."""
+        marks = self._marks if self._in_charge() else None
+        observed = self._observed and self._attachment is None  # or it will be said that nothing measures
+        return {**self.__dict__, "_attachment": None, "_observed": observed, "_marks": marks, "_by_value": True}
+
+    def _start(self) -> None:
+        """Choose the ceilings. When built, the lrs that are there: ``initial_lr`` may be that of an earlier scheduler.
+
+        A ``SequentialLR`` starts its children anew, when it has put the ``initial_lr`` of all groups back.
+        """
+        initial = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self.base_lrs = copies_of(initial if self._at_construction is None else self._at_construction)
 
     def _update_lr(self, epoch: int | None = None) -> None:
         """What ``SequentialLR`` calls, instead of ``step()``, to hand over to this scheduler."""
+        if self.last_epoch < 0:
+            self._start()
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._write_lr()
 
-    def _ceilings(self) -> list[float | Tensor]:
+    def _ceilings(self) -> list[LR]:
         return self.base_lrs if self.schedule is None else self._scheduled
 
     def _used_averages(self) -> list[MomentAverages]:
@@ -323,33 +381,36 @@ class SNRAdaptiveLR(LRScheduler):
         if self.schedule is None:
             return
         self._adopt_new_groups()
+        ours, in_charge = copies_of(lrs_of(self.optimizer)), self._in_charge()
         write_lrs(self.optimizer, self._scheduled)  # recursive schedules read their own last lr in the optimizer
-        with warnings.catch_warnings():
-            # A GradScaler that skips the first step would raise this false alarm (pytorch#44511).
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
-            self.schedule.step()
-        self._scheduled = [copy_of(lr) for lr in self._lrs()]
+        try:
+            with warnings.catch_warnings():
+                # A GradScaler that skips the first step would raise this false alarm (pytorch#44511).
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
+                self.schedule.step()
+        except BaseException:  # such as a OneCycleLR past its end: the full ceiling must not stay behind
+            write_lrs(self.optimizer, ours)
+            if in_charge:
+                self._marks = [Mark.of(lr) for lr in lrs_of(self.optimizer)]
+            raise
+        self._scheduled = copies_of(lrs_of(self.optimizer))
 
     def _write_lr(self) -> None:
         self._adopt_new_groups()
+        separate_lrs(self.optimizer)  # again: a checkpoint may bring one tensor for all groups
         write_lrs(self.optimizer, self.get_lr())
-        self._last_lr = [copy_of(lr) for lr in self._lrs()]
-        self._written = [(lr, _version(lr)) for lr in self._lrs()]
-        self._loaded = False
-
-    def _lrs(self) -> list[float | Tensor]:
-        return [group["lr"] for group in self.optimizer.param_groups]
+        lrs = lrs_of(self.optimizer)
+        self._last_lr, self._marks, self._by_value = copies_of(lrs), [Mark.of(lr) for lr in lrs], False
 
     def _in_charge(self) -> bool:
         """Whether the lrs in the optimizer are those that this scheduler wrote last."""
-        if self.last_epoch < 0:
-            return False  # a SequentialLR has not come to this scheduler yet
-        for lr, (ours, version), last in zip(self._lrs(), self._written, self._last_lr, strict=False):
-            # Another scheduler may write an equal value, so only the very object counts; except where a checkpoint
-            # has just put an equal one in its place.
-            same = lr is ours and _version(lr) == version
-            replaced = lr is not ours and (isinstance(lr, Tensor) or self._loaded)
-            if not same and not (replaced and bool(lr == last)):
+        if self.last_epoch < 0 or self._marks is None:
+            return False  # a SequentialLR has not come to this scheduler yet, or was elsewhere when it was copied
+        for lr, mark, last in zip(lrs_of(self.optimizer), self._marks, self._last_lr, strict=False):
+            # Another scheduler may write an equal value, so only the very object counts; except where a checkpoint or
+            # a copy has put an equal one in its place.
+            replaced = self._by_value or (lr is not mark.lr and isinstance(lr, Tensor))
+            if not mark.is_on(lr) and not (replaced and bool(lr == last)):
                 return False
         return True
 
@@ -364,11 +425,13 @@ class SNRAdaptiveLR(LRScheduler):
             )
 
     def _warn_if_not_measured(self) -> None:
+        if self._attachment is not None:
+            self._attachment.warn_if_never_stepped()
         if self._attachment is None and not self._observed:
             self._observed = True  # said once
             warnings.warn(
-                "SNRAdaptiveLR: nothing measures the gradients, so every step is done at the full ceiling. Call "
-                "attach(model) once, before the loop, or observe() at every step.",
+                f"SNRAdaptiveLR: nothing measures the gradients, so the factor stays {self.factor:.4g} (1: the full "
+                "ceiling). Call attach(model) once, before the loop, for a copy too, or observe() at every step.",
                 stacklevel=3,
             )
 
@@ -380,9 +443,13 @@ class SNRAdaptiveLR(LRScheduler):
                 "optimizer: a param group was added after schedule= was built, which torch's schedulers do not "
                 "support; build both schedulers anew"
             )
+        if added:
+            separate_lrs(self.optimizer)  # a group without an lr of its own was given the very tensor of the defaults
         for group in added:
-            lr = group.setdefault("initial_lr", group["lr"])
-            self.base_lrs.append(copy_of(lr))
+            [lr] = copies_of([group["lr"]])
+            group.setdefault("initial_lr", lr)
+            self.base_lrs += copies_of([lr])
+            self._last_lr += copies_of([lr])
             if self.per_group:
                 self._group_averages.append(MomentAverages(self._averages.smoothing))
 
@@ -391,16 +458,19 @@ class SNRAdaptiveLR(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """Statistics, counters, ceilings and the inner schedule's state: loads with ``weights_only=True``.
 
+        Nobody else holds its tensors, so that loaders may fill them in place, as ``torch.distributed.checkpoint`` does.
         The settings (``smoothing``, ``min_factor``, ...) are not in it; they are the constructor's.
         """
+        if self.schedule is None:
+            self._adopt_new_groups()
         return {
             "averages": self._averages.state_dict(),
             "group_averages": [averages.state_dict() for averages in self._group_averages],
-            "floor_bound": self._floor_bound,
-            "unstepped": self._dropped,
-            "base_lrs": list(self.base_lrs),
-            "scheduled": list(self._scheduled),
-            "last_lr": list(self._last_lr),
+            "floor_bound": self._floor_bound.clone(),
+            "unstepped": self._unstepped(),
+            "base_lrs": copies_of(self.base_lrs),
+            "scheduled": copies_of(self._scheduled),
+            "last_lr": copies_of(self._last_lr),
             "last_epoch": self.last_epoch,
             "step_count": self._step_count,
             "in_charge": self._in_charge(),
@@ -435,35 +505,10 @@ class SNRAdaptiveLR(LRScheduler):
         self._averages.load_state_dict(state_dict["averages"])
         for averages, state in zip(self._group_averages, state_dict["group_averages"], strict=True):
             averages.load_state_dict(state)
-        self._floor_bound, self._dropped = state_dict["floor_bound"], state_dict["unstepped"]
-        self.base_lrs, self._scheduled = list(state_dict["base_lrs"]), list(state_dict["scheduled"])
+        self._floor_bound, self._dropped = state_dict["floor_bound"].clone(), state_dict["unstepped"]
+        self.base_lrs, self._scheduled = copies_of(state_dict["base_lrs"]), copies_of(state_dict["scheduled"])
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["step_count"]
+        self._marks = None
         if state_dict["in_charge"]:
             self._write_lr()
-        self._last_lr = list(state_dict["last_lr"])
-        self._loaded = True
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer that does the step, within wrappers such as accelerate's."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _version(lr: float | Tensor) -> int:
-    """How often a tensor was written in place; a float is never."""
-    return lr._version if isinstance(lr, Tensor) else 0
-
-
-def write_lrs(optimizer: Optimizer, lrs: list[float | Tensor]) -> None:
-    """Put one lr into each group."""
-    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].copy_(torch.as_tensor(lr))  # never replaced: compiled and captured steps hold it
-        else:
-            group["lr"] = lr
-
-
-def copy_of(lr: float | Tensor) -> float | Tensor:
-    return lr.clone() if isinstance(lr, Tensor) else lr
+        self._last_lr, self._by_value = copies_of(state_dict["last_lr"]), True

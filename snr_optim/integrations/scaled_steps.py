@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from snr_optim._lr import LR, copies_of, lrs_of, unwrapped, write_lrs
 from snr_optim.backward import is_nested_step
-from snr_optim.scheduler import SNRAdaptiveLR, copy_of, unwrapped, write_lrs
+from snr_optim.scheduler import SNRAdaptiveLR
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -76,7 +77,7 @@ class ScaledSteps:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, **options: Any) -> None:
         self.optimizer = optimizer = unwrapped(optimizer)
-        self._ceilings: list[float | Tensor] | None = None  # while it is not the ceilings that stand in the optimizer
+        self._ceilings: list[LR] | None = None  # while it is not the ceilings that stand in the optimizer
         ceilings = self._lrs()
         self.scheduler = SNRAdaptiveLR(optimizer, **options)  # writes its first lr, as all schedulers do
         write_lrs(self.optimizer, ceilings)
@@ -106,9 +107,10 @@ class ScaledSteps:
     def hide(self) -> None:
         """Put the ceiling back; unless somebody has written a new one since, as training does when it starts again."""
         if self._ceilings is not None:
-            pairs = zip(self._lrs(), self.scheduler.get_last_lr(), strict=True)
-            if all(isinstance(lr, Tensor) or lr == ours for lr, ours in pairs):  # of a tensor the host does not ask
-                write_lrs(self.optimizer, self._ceilings)
+            now, ours = self._lrs(), self.scheduler.get_last_lr()
+            pairs = zip(now, ours, strict=False)  # a group may have been added since, with its ceiling for an lr
+            if all(isinstance(lr, Tensor) or lr == mine for lr, mine in pairs):  # of a tensor the host does not ask
+                write_lrs(self.optimizer, self._ceilings + now[len(self._ceilings) :])
             self._ceilings = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,12 +132,11 @@ class ScaledSteps:
             return
         self.hide()  # a step that failed, or show()
         self._ceilings = self._lrs()
-        self.scheduler.base_lrs = self._lrs()
-        self.scheduler._update_lr()  # in charge from here on, with the factor of the last batch
+        self.scheduler.set_ceilings(self._ceilings)  # in charge from here on, with the factor of the last batch
 
     def _on_end(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not is_nested_step(optimizer):
             self.hide()
 
-    def _lrs(self) -> list[float | Tensor]:
-        return [copy_of(group["lr"]) for group in self.optimizer.param_groups]
+    def _lrs(self) -> list[LR]:
+        return copies_of(lrs_of(self.optimizer))

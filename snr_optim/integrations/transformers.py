@@ -10,6 +10,7 @@ import gc
 import math
 import sys
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from snr_optim.backward import depends_on
 from snr_optim.integrations.scaled_steps import ScaledSteps, check_options
 from snr_optim.scheduler import SNRAdaptiveLR
 
@@ -41,9 +43,10 @@ class SNRCallback(TrainerCallback, ExportableState):
     ``trainer_state.json``, and ``resume_from_checkpoint`` goes on bit for bit; a checkpoint made without the callback
     starts them anew.
 
-    Where the Trainer divides the loss by the labels of the whole batch, as it does for causal LMs, a micro-batch counts
-    as much as it has labels. Elsewhere all count equally, as they should where they have the same number of samples;
-    the last ones of an epoch may not: ``dataloader_drop_last=True`` leaves them out.
+    Where the loss is divided by the labels of the whole batch, as it is for causal LMs, a micro-batch counts as much as
+    it has labels. A model that is given their number and leaves it unused has means for losses, which count equally: a
+    warning says so. Elsewhere all count equally, as they should where they have the same number of samples; the last
+    ones of an epoch may not: ``dataloader_drop_last=True`` leaves them out.
 
     Args:
         options: those of :class:`SNRAdaptiveLR`: ``smoothing``, ``min_factor``, ``max_factor``, ``metric``, ``adapt``,
@@ -160,17 +163,27 @@ class SNRCallback(TrainerCallback, ExportableState):
 class TokenShares:
     """Micro-batches of a Trainer that divides losses by the labels of the whole batch: each counts by its labels.
 
-    In the place of two methods of the Trainer, until removed: the one that fetches the micro-batches of a step, and
-    the one that runs the backward pass of each.
+    The Trainer hands the number of these labels to every model that takes keywords, but some leave it unused
+    (transformers#47688), so that each micro-batch is a mean and counts as much as any other. Which it is, the graph of
+    the first loss tells: whether that number is in it.
+
+    In the place of three methods of the Trainer, until removed: those that fetch the micro-batches of a step, compute
+    the loss of one, and run its backward pass.
     """
 
     def __init__(self, trainer: Trainer, steps: ScaledSteps) -> None:
         self._trainer, self._steps = trainer, steps
         self._labels: list[float] = []  # of the micro-batches to come
-        vars(trainer).update(get_batch_samples=self._get_batch_samples, training_step=self._training_step)
+        self._divides: bool | None = None  # does the loss divide by the labels of the batch? None: not seen yet
+        self._micro_batch: ExitStack | None = None  # the one whose loss is to be computed
+        vars(trainer).update(
+            get_batch_samples=self._get_batch_samples,
+            compute_loss=self._compute_loss,
+            training_step=self._training_step,
+        )
 
     def remove(self) -> None:
-        for name in ("get_batch_samples", "training_step"):
+        for name in ("get_batch_samples", "compute_loss", "training_step"):
             vars(self._trainer).pop(name, None)
 
     def _get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,11 +197,45 @@ class TokenShares:
         return batches, number
 
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
-        step = partial(type(self._trainer).training_step, self._trainer, *args, **kwargs)
-        if not self._labels:
-            return step()
-        with self._steps.handle.sub_batch(size=self._labels.pop(0)):
-            return step()
+        with ExitStack() as micro_batch:
+            self._micro_batch = micro_batch if self._labels else None
+            try:
+                return type(self._trainer).training_step(self._trainer, *args, **kwargs)
+            finally:
+                self._micro_batch = None
+
+    def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Between the forward pass and the backward pass of a micro-batch: now its share can be known."""
+        micro_batch, self._micro_batch = self._micro_batch, None
+        compute = partial(type(self._trainer).compute_loss, self._trainer)
+        if micro_batch is None:  # an evaluation
+            return compute(*args, **kwargs)
+        labels = self._labels.pop(0)
+        number = kwargs.get("num_items_in_batch")
+        if self._divides is None and isinstance(number, Tensor):
+            number = number.detach().to(torch.float32).requires_grad_()
+            returned = compute(*args, **{**kwargs, "num_items_in_batch": number})
+            loss = returned[0] if isinstance(returned, tuple) else returned
+            if loss.grad_fn is not None:
+                self._divides = depends_on(loss, number)
+                self._say_if_it_is_left_unused()
+        else:
+            returned = compute(*args, **kwargs)
+        if self._divides is not False:
+            micro_batch.enter_context(self._steps.handle.sub_batch(size=labels))
+        return returned
+
+    def _say_if_it_is_left_unused(self) -> None:
+        if self._divides or getattr(self._trainer, "loss_is_scaled_for_ga", None) is False:
+            return  # and otherwise the Trainer takes their average, as it should
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        warnings.warn(
+            f"SNRCallback: the loss of {type(model).__name__} does not depend on num_items_in_batch, the number of "
+            "labels in the batch that the Trainer passes (transformers#47688). So each micro-batch is a mean, and all "
+            "count equally; but their gradients are summed, where the Trainer would otherwise average them: set "
+            "trainer.model_accepts_loss_kwargs = False before train() to have that.",
+            stacklevel=2,
+        )
 
 
 def _trainer_of(callback: SNRCallback, state: TrainerState) -> Trainer:

@@ -11,10 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from snr_optim.backward import at_end_of_backward, current_backward, is_nested_backward
+from snr_optim.backward import accumulates_into, at_end_of_backward, current_backward, is_nested_backward
 from snr_optim.moments import ROUNDING, GradientMoments
 from snr_optim.sources.norms import Norm, euclidean
-from snr_optim.sources.record import BackwardPass, Batch, GradState, Origin, SubBatch, difference, sum_of_squares
+from snr_optim.sources.record import (
+    BackwardPass,
+    Batch,
+    GradientHook,
+    GradState,
+    Origin,
+    PostAccumulateGuard,
+    SubBatch,
+    difference,
+    move_behind_others,
+    sum_of_squares,
+)
+
+FAILED = "a backward pass failed half-way"
+LATE_HOOK = "somebody else's hook on a parameter was registered after ours, and ran after it this once"
+FREED = "a .grad was gone when its backward pass was over: freed, or used for a step, while backward() ran"
 
 
 class AccumulationSource:
@@ -36,10 +51,12 @@ class AccumulationSource:
 
     **What is no gradient of the loss** never becomes one. A batch whose ``.grad`` was cleared without a call to
     :meth:`moments` is dropped and counted in ``dropped``. The moments are NaN, which :class:`SNRAdaptiveLR` counts as
-    invalid, where ``.grad`` was not empty before the first backward pass, was changed between two of them or is not
-    what the hooks saw; where a parameter got its gradient in pieces, or a backward pass failed; and where no two
-    backward passes have a parameter in common (losses of different parts: put them into one :meth:`sub_batch`).
-    ``torch.autograd.grad`` leaves ``.grad`` alone and does not count.
+    invalid, where ``.grad`` was not empty before the first backward pass, was changed between two of them, by
+    post-accumulate hooks too, is not what the hooks saw or was freed while ``backward()`` ran; where a parameter got
+    its gradient in pieces, or a backward pass failed; and where no two backward passes have a parameter in common
+    (losses of different parts: put them into one :meth:`sub_batch`). ``torch.autograd.grad`` leaves ``.grad`` alone
+    and does not count. What other hooks on a parameter make of its gradient, whenever they were registered, is what is
+    measured, as it is what is added to ``.grad``.
 
     Args:
         model: its parameters that require grad now are watched; no change to model or loss.
@@ -59,6 +76,8 @@ class AccumulationSource:
         >>> moments.sq_norm_of_mean.item(), moments.mean_of_sq_norms.item(), moments.num
         (4.0, 5.0, 2)
     """
+
+    _compares = True  # the gradients of a first sub-batch with .grad
 
     def __init__(
         self, model: nn.Module, param_groups: Iterable[Iterable[Tensor]] | None = None, *, norm: Norm = euclidean
@@ -81,7 +100,11 @@ class AccumulationSource:
         self._latest = -1  # the one that began last
         self._states: list[GradState] = []  # how the last one left every .grad
         self._warned = False
+        self._ignored = -1  # a run of the engine that is torch.autograd.grad's
+        self._given_up = False  # what came within the sub_batch() that is open was cleared
         self._handles: list[RemovableHandle] = []
+        self._hooks: dict[int, RemovableHandle] = {}  # those on gradients, by parameter
+        self._guards: dict[int, PostAccumulateGuard] = {}  # where others have post-accumulate hooks
         self._watch()
 
     # -- what a source yields -----------------------------------------------------------------------
@@ -98,8 +121,7 @@ class AccumulationSource:
     def group_moments(self) -> list[GradientMoments]:
         """The same, one for each parameter group."""
         if self._running:
-            self._batch.fault = "a backward pass failed half-way"
-            self._running.clear()
+            self._fail()
         self._close()
         batch, self._batch, self._states = self._batch, Batch(), []
         return self._to_moments(*self._sums(batch))
@@ -126,25 +148,45 @@ class AccumulationSource:
             raise RuntimeError("sub_batch: the previous sub-batch is still open")
         if not self._handles:
             raise RuntimeError("sub_batch: the source was removed")
+        if self._running:
+            self._fail()
         self._close()
-        self._stated_size = float(size)
+        self._stated_size, self._given_up = float(size), False
         try:
             yield
-            self._sub_batch = self._sub_batch or self._open()
-            if self._sub_batch.in_pieces:
-                raise RuntimeError(
-                    "sub_batch: a parameter got a gradient twice; add up the losses of a sub_batch "
-                    "and call backward() once"
-                )
+            if not self._given_up or self._sub_batch is not None:
+                self._sub_batch = self._sub_batch or self._open()
+                if self._sub_batch.in_pieces:
+                    raise RuntimeError(
+                        "sub_batch: a parameter got a gradient twice; add up the losses of a sub_batch "
+                        "and call backward() once"
+                    )
             self._close()
         finally:
+            if self._running:
+                self._fail()
             self._stated_size = None
+
+    def on_cleared(self) -> None:
+        """``.grad`` was cleared: drop the batch, even one without gradients, unless :meth:`moments` has been called."""
+        if self._running or self._sub_batch is not None or self._batch.sizes:
+            self._given_up = self._sub_batch is not None
+            self._running.clear()
+            self._drop()
+
+    def was_cleared(self) -> bool:
+        """Whether ``.grad`` was cleared or replaced since the last backward pass, so that the batch will be dropped."""
+        return bool(self._batch.sizes or self._sub_batch is not None) and self._changed()
 
     def remove(self) -> None:
         """Take the hooks off; the source yields nothing any more."""
         for handle in self._handles:
             handle.remove()
+        for guard in self._guards.values():
+            guard.remove()
         self._handles.clear()
+        self._hooks.clear()
+        self._guards.clear()
 
     # -- gradients arriving -------------------------------------------------------------------------
 
@@ -155,13 +197,18 @@ class AccumulationSource:
             self._watch_parameter(index, parameter)
 
     def _watch_parameter(self, index: int, parameter: Tensor) -> None:
-        handle = parameter.register_hook(partial(self._on_gradient, index))  # type: ignore[no-untyped-call]
-        self._handles.append(handle)
+        hook = GradientHook(self._on_gradient, index)
+        self._hooks[index] = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+        self._handles.append(self._hooks[index])
 
     @torch.no_grad()
     def _on_gradient(self, index: int, gradient: Tensor) -> None:
         number = current_backward()
+        if number == self._ignored:
+            return
         backward = self._running.get(number) or self._on_begin(number, index)
+        if backward is None:
+            return
         sub_batch = self._sub_batch or self._open()
         if index in sub_batch.norms:
             # Within checkpoints a parameter's next gradient belongs to the next backward(), unless that around them,
@@ -175,8 +222,11 @@ class AccumulationSource:
             sub_batch.origins[index] = Origin.of(gradient)  # which is likely to become .grad as it is
         backward.arrived.add(index)
 
-    def _on_begin(self, number: int, index: int) -> BackwardPass:
-        """The first gradient of a backward pass, that of parameter ``index``, has come."""
+    def _on_begin(self, number: int, index: int) -> BackwardPass | None:
+        """The first gradient of a backward pass, that of parameter ``index``, has come; None if it is not for .grad."""
+        if not accumulates_into(self._hooked(index)):
+            self._ignored = number
+            return None
         nested = is_nested_backward()
         if self._running and not nested:  # its end never came
             self._running.clear()
@@ -186,7 +236,8 @@ class AccumulationSource:
         self._latest = max(self._latest, number)
         if self._sub_batch is None or (another and self._stated_size is None):
             self._open()
-        backward = self._running[number] = BackwardPass(nested, index, self._grad_states())
+        backward = self._running[number] = BackwardPass(nested, self._grad_states())
+        self._keep_order(index)
         at_end_of_backward(partial(self._on_end, number))
         return backward
 
@@ -196,13 +247,42 @@ class AccumulationSource:
         backward, sub_batch = self._running.pop(number, None), self._sub_batch
         if backward is None or sub_batch is None:
             return
-        if not self._accumulated(backward):  # it was torch.autograd.grad
-            for i in backward.arrived:
-                sub_batch.norms.pop(i, None)
-            return
         self._batch.reduced = self._reduced(backward)
+        if self._batch.reduced and any(self.parameters[i].grad is None for i in backward.arrived):
+            self._batch.fault = FREED
         self._measure(sub_batch, backward.arrived)
         self._states = self._grad_states()
+
+    def _keep_order(self, arriving: int) -> None:
+        """Others may register hooks at any time: ours run after theirs on gradients, and around theirs on ``.grad``."""
+        for index, handle in self._hooks.items():
+            moved = move_behind_others(handle)
+            # For the gradient that is arriving the order stood. In a first sub-batch .grad tells whether it mattered.
+            if moved and index == arriving and (self._batch.sizes or not self._compares):
+                self._batch.fault = LATE_HOOK
+        for index, parameter in enumerate(self.parameters):
+            if getattr(parameter, "_post_accumulate_grad_hooks", None):
+                guard = self._guards.get(index)
+                if guard is None:
+                    guard = self._guards[index] = PostAccumulateGuard(self._norm_if_any, self._on_change)
+                guard.surround(parameter)
+
+    @torch.no_grad()
+    def _norm_if_any(self, parameter: Tensor) -> Tensor | None:
+        return None if parameter.grad is None else self._norm_of_grad(parameter)
+
+    def _on_change(self, change: Tensor | None) -> None:
+        """Post-accumulate hooks have run: how far they changed the norm of a ``.grad``; None where it is gone."""
+        if change is None:
+            self._batch.fault = FREED
+        else:
+            self._batch.must_be_zero.append(change)
+
+    def _fail(self) -> None:
+        """A backward pass has begun, and its end will not come."""
+        self._running.clear()
+        self._batch.fault = FAILED
+        self._states = self._grad_states()  # when they are cleared, the batch goes
 
     def _open(self) -> SubBatch:
         """A sub-batch begins; and a new batch with it, where ``.grad`` was cleared since the last one."""
@@ -243,10 +323,6 @@ class AccumulationSource:
     def _grad_states(self) -> list[GradState]:
         return [GradState(p) for p in self.parameters]
 
-    def _accumulated(self, backward: BackwardPass) -> bool:
-        """Did the backward pass add its first gradient to ``.grad``?"""
-        return not backward.states[backward.first].holds(self.parameters[backward.first])
-
     def _changed(self) -> bool:
         """Has anyone cleared or replaced ``.grad`` since the last backward pass?"""
         return not all(state.holds(p) for state, p in zip(self._states, self.parameters, strict=False))
@@ -260,15 +336,21 @@ class AccumulationSource:
         batch = self._batch
         for i in arrived:
             gradient, seen, origin = self.parameters[i].grad, sub_batch.norms.get(i), sub_batch.origins.get(i)
-            if seen is not None and gradient is not None and origin is not None and origin == Origin.of(gradient):
+            if gradient is None:
+                continue
+            if seen is not None and origin is not None and origin == Origin.of(gradient):
                 batch.of_grad[i] = seen  # the very tensor that the hook saw, untouched: no need to read it again
                 continue
             batch.of_grad[i] = self._norm_of_grad(self.parameters[i])
             if not batch.sizes and seen is not None and not sub_batch.in_pieces:  # .grad is what the hook saw
                 batch.must_be_zero.append(difference(batch.of_grad[i], seen))
 
+    def _hooked(self, index: int) -> Tensor:
+        """The tensor that our hook is on."""
+        return self.parameters[index]
+
     def _norm_of_grad(self, parameter: Tensor) -> Tensor:
-        assert parameter.grad is not None
+        assert parameter.grad is not None  # every caller has looked
         return self._norm(parameter, parameter.grad)
 
     # -- sums ---------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class DataParallelSource(AccumulationSource):
     stated, and where ranks that should have the same ``.grad`` do not (no reduction, or a comm hook that does not).
     """
 
+    _compares = False
     _replicated: bool  # has every rank the whole .grad, or a shard of it?
 
     def _divisor(self) -> float:
@@ -146,7 +147,7 @@ class FullyShardSource(DataParallelSource):
             _refuse_other_shards(p)
         index_of = {id(p): index for index, p in enumerate(self.parameters)}
         self._sharded = [m for m in self.model.modules() if is_fully_shard(m)]
-        self._whole: dict[int, int] = {}  # parameter -> id of the whole one that its hook is on
+        self._whole: dict[int, Tensor] = {}  # by parameter, the whole one that its hook is on
         for owner in self.model.modules():
             own = {name: index_of[id(p)] for name, p in owner.named_parameters(recurse=False) if id(p) in index_of}
             if own:
@@ -162,12 +163,12 @@ class FullyShardSource(DataParallelSource):
                 raise RuntimeError(
                     f"model: {name!r} is a DTensor in the forward pass: tensor parallelism is not supported"
                 )
-            if self._whole.get(index) != id(whole):
-                self._whole[index] = id(whole)
+            if self._whole.get(index) is not whole:
+                self._whole[index] = whole
                 self._watch_parameter(index, whole)
 
-    def _accumulated(self, backward: BackwardPass) -> bool:
-        return True  # it did, if not yet into the shard
+    def _hooked(self, index: int) -> Tensor:
+        return self._whole[index]
 
     def _reduced(self, backward: BackwardPass) -> bool:
         return not all(state.holds(p) for state, p in zip(backward.states, self.parameters, strict=True))

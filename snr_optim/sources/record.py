@@ -1,13 +1,15 @@
-"""What is kept of a batch while its gradients arrive: norms and versions, never a gradient."""
+"""What is kept of a batch while its gradients arrive: norms and versions, never a gradient. And the order of hooks."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 
 class GradState:
@@ -53,7 +55,6 @@ class BackwardPass:
     """A run of the autograd engine."""
 
     nested: bool  # in the backward of a Function, as reentrant checkpoints do
-    first: int  # the parameter whose gradient came first
     states: list[GradState]  # of every .grad when it began
     arrived: set[int] = field(default_factory=set)
 
@@ -81,6 +82,77 @@ class Batch:
     seen: set[int] = field(default_factory=set)  # parameters that got a gradient
     overlap: bool = False  # some of them from two sub-batches
     fault: str | None = None
+
+
+class GradientHook:
+    """Ours on a parameter. It must come last: what the last hook leaves is what is added to ``.grad``."""
+
+    __torch_unserializable__ = True  # torch would warn that a pickled parameter has lost it, as it should
+
+    def __init__(self, on_gradient: Callable[[int, Tensor], None], index: int) -> None:
+        self._on_gradient, self._index = on_gradient, index
+
+    def __call__(self, gradient: Tensor) -> None:
+        self._on_gradient(self._index, gradient)
+
+
+def move_behind_others(handle: RemovableHandle) -> bool:
+    """Put our hook on a parameter behind those of others that were registered after it; whether there were any."""
+    hooks: Any = handle.hooks_dict_ref()
+    for number in reversed(hooks or {}):
+        if number == handle.id:
+            return False
+        if not isinstance(hooks[number], GradientHook):
+            break
+    else:
+        return False  # it is not there any more
+    hooks[handle.id] = hooks.pop(handle.id)  # the engine goes by the order of insertion, not by move_to_end()
+    return True
+
+
+class PostAccumulateGuard:
+    """Two hooks around somebody else's hooks that run when a gradient was added to ``.grad``: did they change it?"""
+
+    __torch_unserializable__ = True
+
+    def __init__(
+        self, norm_of_grad: Callable[[Tensor], Tensor | None], report: Callable[[Tensor | None], None]
+    ) -> None:
+        self._norm_of_grad, self._report = norm_of_grad, report
+        self._norm: Tensor | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def surround(self, parameter: Any) -> None:
+        """Be the first and the last of the parameter's hooks, where there are others."""
+        hooks = parameter._post_accumulate_grad_hooks or {}
+        others = [
+            number for number, hook in hooks.items() if not isinstance(getattr(hook, "__self__", None), type(self))
+        ]
+        if not others:
+            return
+        order = list(hooks)
+        ours = [handle.id for handle in self._handles]
+        if ours and order.index(ours[0]) < order.index(others[0]) and order.index(ours[1]) > order.index(others[-1]):
+            return
+        self.remove()
+        others_first = dict(hooks)
+        hooks.clear()  # in place: the engine holds this very dict, and goes by its order of insertion
+        self._handles = [parameter.register_post_accumulate_grad_hook(self._before)]
+        hooks.update(others_first)
+        self._handles.append(parameter.register_post_accumulate_grad_hook(self._after))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before(self, parameter: Tensor) -> None:
+        self._norm = self._norm_of_grad(parameter)
+
+    def _after(self, parameter: Tensor) -> None:
+        before, self._norm = self._norm, None
+        after = self._norm_of_grad(parameter)
+        self._report(None if before is None or after is None else difference(after, before))
 
 
 def difference(norm: Tensor, other: Tensor) -> Tensor:
