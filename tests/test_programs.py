@@ -13,6 +13,7 @@ from programs.language import Program, program_of
 
 import snr_optim.attachment
 import snr_optim.moments
+import snr_optim.sources.accumulation
 from snr_optim import GradientMoments, SNRAdaptiveLR
 from snr_optim.moments import MomentAverages
 from snr_optim.sources import AccumulationSource
@@ -135,7 +136,7 @@ def loss_scale_is_forgotten(monkeypatch):
 
 
 def autograd_grad_counts(monkeypatch):
-    monkeypatch.setattr(AccumulationSource, "_accumulated", lambda self, backward: True)
+    monkeypatch.setattr(snr_optim.sources.accumulation, "accumulates_into", lambda parameter: True)
 
 
 def cleared_gradients_are_not_noticed(monkeypatch):

@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .check import outcome_of
-
-WRAPPERS = ("ddp", "ddp as views", "fully_shard")
+from .processes import WRAPPERS, start
 
 
 def outcomes(seeds: list[int], jobs: int) -> Iterator[tuple[int, Counter[str], str | None]]:
@@ -36,6 +36,24 @@ def with_progress(results: Iterable[tuple[int, Counter[str], str | None]], total
         yield from track(results, description="programs", total=total, disable=not sys.stderr.isatty())
 
 
+def _in_processes(wrapper: str, first: int, number: int) -> int:
+    """A disagreement ends the processes: they are started again behind it."""
+    wrong, end = [], first + number
+    while first < end:
+        done = start(wrapper, first, end - first)
+        print(done.stdout, flush=True)
+        if done.returncode == 0:
+            break
+        found = re.search(r"^seed (\d+), process", done.stdout, re.MULTILINE)
+        if found is None:
+            print(done.stderr)
+            return 1
+        wrong.append(int(found[1]))
+        first = wrong[-1] + 1
+    print(f"{number} programs under {wrapper}, {len(wrong)} of which disagree: {wrong}")
+    return int(bool(wrong))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="programs", description=__doc__)
     parser.add_argument("--programs", type=int, default=20_000)
@@ -45,9 +63,7 @@ def main() -> int:
     parser.add_argument("--wrapper", choices=WRAPPERS, help="two processes, in place of one")
     options = parser.parse_args()
     if options.wrapper is not None:
-        from .processes import start
-
-        return start(options.wrapper, options.seed, options.programs).returncode
+        return _in_processes(options.wrapper, options.seed, options.programs)
     happened: Counter[str] = Counter()
     first, wrong = options.seed, []
     if options.resume is not None and options.resume.exists():

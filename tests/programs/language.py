@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 MODELS = ["plain", "tied", "shared", "experts", "parts", "checkpointed", "reentrant"]
-OPTIMIZERS = ["sgd", "momentum", "adam", "adamw", "nadam", "adagrad", "rmsprop"]
+OPTIMIZERS = ["sgd", "momentum", "adam", "adamw", "adamax", "adagrad", "rmsprop"]
 SCHEDULES = ["warm-up", "cosine", "lambda", "exponential", "sequential"]
 FUSED = {"sgd", "adam", "adamw", "adagrad"}  # on a CPU; torch's momentum fails where a parameter had no gradient
 NO_TENSOR_LR_IN_FOREACH = {"adam", "adamw"}  # which torch refuses where the step is not capturable
@@ -46,6 +46,7 @@ class Backward:
     size: float | None = None  # stated by sub_batch()
     again: bool = False  # backward() twice, the first time with retain_graph
     fails: bool = False  # backward() raises before it reaches the first layers
+    sync: bool = True  # under a wrapper: gradients are reduced now, not with those of a later pass
     grad_first: bool = False  # torch.autograd.grad of the same loss before, within the sub_batch()
 
 
@@ -89,7 +90,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class Zero:
+    """``zero_grad()`` of the optimizer, or of the model, which tells nobody."""
+
     to_none: bool = True
+    of_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,8 @@ def allowed(operation: Operation, setting: Setting) -> bool:
         return operation.same or setting.model == "parts"
     if isinstance(operation, Backward) and operation.fails:
         # A reentrant checkpoint's own passes succeed before that around them fails; of two parts one may be complete.
-        return setting.model != "reentrant" and not (setting.model == "parts" and operation.route == 2)
+        of_some = setting.model == "parts" and operation.route == 2
+        return setting.model != "reentrant" and not of_some and operation.kind == "loss"
     if isinstance(operation, Step) and operation.closure:
         return not setting.scaler  # which takes none
     return True
@@ -175,7 +180,12 @@ def program_of(seed: int, wrapper: str | None = None) -> Program:
         operations += _round(draw, setting)
     kept = tuple(one for one in operations if allowed(one, setting))
     if wrapper is not None:
-        kept = tuple(one for one in kept if _everywhere(one))
+        if wrapper == "ddp as views":  # as for zero_grad: what is clipped between two passes is invalid, not dropped
+            kept = tuple(
+                one for one, after in zip(kept, (*kept[1:], None), strict=True)
+                if not isinstance(one, Clip) or isinstance(after, Step)
+            )  # fmt: skip
+        kept = _deferred(tuple(_as_processes_do(one, wrapper) for one in kept if _everywhere(one)), draw.random() < 0.5)
     return Program(setting, kept)
 
 
@@ -244,7 +254,7 @@ def _round(draw: random.Random, setting: Setting) -> list[Operation]:
             done.append(TwoLosses(draw.randrange(10**6), one.size or 1.0, same=same))
         done.append(one)
         if one.fails and chance(0.8):
-            done.append(Zero(chance(0.7)))
+            done.append(_zero(draw))
         if chance(0.08):
             done.append(Grad(draw.randrange(10**6), draw.randrange(3), chance(0.3)))
         if chance(0.02):
@@ -252,7 +262,7 @@ def _round(draw: random.Random, setting: Setting) -> list[Operation]:
         if chance(0.01):
             done.append(Clip())
         if chance(0.01):
-            done.append(Zero(chance(0.7)))
+            done.append(_zero(draw))
         if chance(0.006):
             done.append(_copy(draw))
         if chance(0.004):
@@ -269,7 +279,7 @@ def _round(draw: random.Random, setting: Setting) -> list[Operation]:
         if chance(0.05):
             done.append(Step())
     done += [Schedule(draw.choice([1, 1, 1, 1, 2, 5]))] if chance(0.9) else []
-    done += [Zero(chance(0.75))] if chance(0.95) else []
+    done += [_zero(draw)] if chance(0.95) else []
     if chance(0.12):
         done.append(_copy(draw))
     if chance(0.07):
@@ -281,6 +291,10 @@ def _round(draw: random.Random, setting: Setting) -> list[Operation]:
     return done
 
 
+def _zero(draw: random.Random) -> Zero:
+    return Zero(to_none=draw.random() < 0.75, of_model=draw.random() < 0.25)
+
+
 def _copy(draw: random.Random) -> Copy:
     how = draw.choice(["saved", "state_dict", "deepcopy", "pickle"])
     return Copy(how, scheduler_first=draw.random() < 0.3, disturb=draw.random() < 0.5)
@@ -290,20 +304,43 @@ def _copy(draw: random.Random) -> Copy:
 
 
 def _distributed(setting: Setting, wrapper: str, draw: random.Random) -> Setting:
-    """What two processes run on a CPU: no scaler, and none of the implementations that know no DTensor."""
+    """What two processes run on a CPU: no scaler; with sharded parameters no tensor lr, nor what knows no DTensor."""
     model = setting.model if setting.model in ("plain", "experts", "checkpointed") else "plain"
-    if wrapper == "fully_shard" and setting.implementation == "fused":
-        setting = replace(setting, implementation="loop")
-    return replace(setting, model=model, scaler=False, wrapper=wrapper)
+    setting = replace(setting, model=model, scaler=False, wrapper=wrapper)
+    if wrapper != "fully_shard":
+        return setting
+    optimizer = draw.choice(["sgd", "momentum", "adam", "adamw"])
+    return replace(setting, optimizer=optimizer, implementation=draw.choice(["loop", "foreach"]), lr="float")
 
 
 def _everywhere(operation: Operation) -> bool:
-    """What is left out under the wrappers: what torch refuses there, and what changes the model below them."""
+    """What exists under the wrappers: nothing that changes the model below them, nor what one process may do alone."""
+    return not isinstance(operation, (TwoLosses, Grad, Edit, Freeze, AddGroup))
+
+
+def _as_processes_do(operation: Operation, wrapper: str) -> Operation:
+    sharded = wrapper == "fully_shard"
     if isinstance(operation, Backward):
-        return not operation.fails
-    if isinstance(operation, Copy):
-        return operation.how == "saved"
-    return not isinstance(operation, (TwoLosses, Grad, Edit, Freeze, AddGroup, Attach))
+        return replace(operation, again=False, fails=False, grad_first=False, spare=operation.spare and not sharded)
+    if isinstance(operation, Step):
+        closure = tuple(replace(one, again=False, spare=one.spare and not sharded) for one in operation.closure)
+        return replace(operation, closure=tuple(replace(one, grad_first=False) for one in closure))
+    if wrapper == "ddp as views" and isinstance(operation, Zero):  # in place it is not told from DDP's own writing
+        return replace(operation, to_none=True)
+    if isinstance(operation, Copy):  # shards are not saved as a whole
+        return Copy("state_dict" if sharded else "saved", operation.scheduler_first)
+    return operation
+
+
+def _deferred(operations: tuple[Operation, ...], deferred: bool) -> tuple[Operation, ...]:
+    """The gradients of a pass are reduced with the next one's, but for the last pass before anything looks at them."""
+    done = []
+    for number, one in enumerate(operations):
+        after = operations[number + 1] if number + 1 < len(operations) else None
+        if isinstance(one, Backward) and isinstance(after, Backward):
+            one = replace(one, sync=not deferred)
+        done.append(one)
+    return tuple(done)
 
 
 # -- making one shorter -----------------------------------------------------------------------------

@@ -112,11 +112,14 @@ class Oracle:
         self.whole = Averages(setting.smoothing)
         self.of_groups = [Averages(setting.smoothing) for _ in self.groups]
         self.counts: Counter[str] = Counter()
+        self.knows_scaler = setting.implementation == "fused"  # torch's copies of an optimizer forget it
         self.scale, self.good_steps = INITIAL_SCALE, 0
         self.used_lrs: list[float] = []  # those of the last step
         self.happened: Counter[str] = Counter()  # statistics of the test itself
+        self.just_added = 0  # groups whose lr nobody has written yet
         self.floor_ties = 0  # observations whose ratio is the floor but for rounding
-        self.unstepped_lost = 0  # counts of a batch that was in the middle when everything was copied
+        self.unsure = 0  # batches of which the rules do not say why they cannot be measured
+        self.perhaps_unstepped = 0  # or whether they were cleared: they were written to when everything was copied
         self._attach()
 
     # -- operations ---------------------------------------------------------------------------------
@@ -206,7 +209,12 @@ class Oracle:
 
     def _zero(self, one: Zero) -> None:
         self._touch()
+        if one.of_model:  # which is noticed when the next backward pass begins
+            self.model.zero_grad(set_to_none=one.to_none)
+            return
         self.optimizer.zero_grad(set_to_none=one.to_none)
+        if self.batch:
+            self._drop()
 
     def _step(self, one: Step) -> None:
         for inner in one.closure:
@@ -215,21 +223,23 @@ class Oracle:
         if self.setting.scaler:
             self._scaled_step(one)
         else:
-            if not self._finite():
-                sanitise(self._with_grad())
+            sanitise(self._with_grad())
             self._observe()
             self._run_optimizer()
 
     def _schedule(self, one: Schedule) -> None:
+        self.just_added = 0
         for _ in range(one.times if self.clock is not None else 0):
             self.clock.step()
 
     def _copy(self, one: Copy) -> None:
-        """A copy has no ``.grad``, as torch copies parameters: the batch in the middle is lost, and no count tells."""
+        """A copy has no ``.grad``, as torch copies parameters: the batch in the middle is lost."""
         self.happened[f"copy {one.how}"] += 1
         self.happened["copy in the middle"] += bool(self.batch)
         for p in self.params.values():
             p.grad = None
+        self.knows_scaler = self.setting.implementation == "fused" and one.how in ("saved", "state_dict")
+        self.perhaps_unstepped += self.may_be_cleared
         self._attach()
 
     def _freeze(self, one: Freeze) -> None:
@@ -240,12 +250,14 @@ class Oracle:
         names = [name for name in self.params if name.startswith("spare.")]
         if names not in self.groups:
             self.happened["group added"] += 1
+            self.just_added = 1
             self.groups.append(names)
             self.bases.append(base_lr(0) if one.lr is None else one.lr)
             self.of_groups.append(Averages(self.setting.smoothing))
             self.optimizer.add_param_group(self._param_groups([names])[0])
 
     def _reattach(self, one: Attach) -> None:
+        self.perhaps_unstepped += self.may_be_cleared
         self._attach()
 
     # -- what a batch is ----------------------------------------------------------------------------
@@ -253,8 +265,6 @@ class Oracle:
     def _attach(self) -> None:
         """From here on these parameters are watched, and nothing is known of what lies in ``.grad``."""
         self.watched = self._trainable()
-        self.unstepped_lost += getattr(self, "dropped", 0)
-        self.dropped = 0
         self._new_batch()
 
     def _new_batch(self) -> None:
@@ -262,15 +272,27 @@ class Oracle:
         self.recorded = False  # a backward pass of this batch has ended
         self.touched = False  # .grad was cleared or changed since then, and that shows
         self.edited = False  # it was changed in a way that only its values tell
-        self.broken = False  # a backward pass failed, and no other has begun
+        self.broken = False  # a backward pass failed
         self.fault = False  # the batch is invalid
 
+    @property
+    def may_be_cleared(self) -> bool:
+        """Whether ``.grad`` was written to since the last backward pass: whether that cleared it, its versions hide."""
+        return self.recorded and self.touched
+
+    def _drop(self) -> None:
+        """The gradients of the batch were cleared without a step."""
+        self.happened["dropped"] += 1
+        self.counts["skipped_unstepped"] += 1
+        self._new_batch()
+
     def _begin(self) -> None:
-        """A sub-batch begins; with it a new batch, where ``.grad`` was cleared or a backward pass failed before."""
-        if self.broken or (self.recorded and self.touched):
-            self.happened["dropped"] += 1
-            self.dropped += 1
-            self._new_batch()
+        """A sub-batch begins; with it a new batch, where ``.grad`` was cleared or changed before."""
+        if self.may_be_cleared:
+            self._drop()
+        elif self.broken:  # whether the batch goes on, or another one begins that is invalid too, no rule says
+            self.unsure += 1
+            self.perhaps_unstepped += 1
         if not self.batch:  # .grad must have been empty
             left = [self.params[name].grad for name in self.watched]
             self.fault |= any(bool((g != 0).any()) for g in left if g is not None)
@@ -304,8 +326,6 @@ class Oracle:
         above = min(self._ratios()) - self.setting.min_factor
         self.counts["floor_bound"] += outcome == "observations" and above < -1e-9
         self.floor_ties += outcome == "observations" and abs(above) <= 1e-9  # a sum in another order tells
-        self.counts["skipped_unstepped"] += self.dropped
-        self.dropped = 0
         self.watched = self._trainable() or self.watched
         self._new_batch()
 
@@ -361,6 +381,7 @@ class Oracle:
 
     def _run_optimizer(self) -> None:
         self.used_lrs = self.lrs
+        self.just_added = 0
         for group, lr in zip(self.optimizer.param_groups, self.used_lrs, strict=True):
             group["lr"] = lr
         self.optimizer.step()
@@ -370,7 +391,7 @@ class Oracle:
         """What a ``GradScaler`` does; a fused optimizer does its part of it within ``step()``."""
         if not self._with_grad():
             return
-        fused = self.setting.implementation == "fused"
+        fused = self.knows_scaler
         for p in self._with_grad():
             p.grad = p.grad / self.scale
         self._touch()
@@ -448,4 +469,5 @@ def sanitise(parameters: list[Tensor]) -> None:
     """What a careful user does with a NaN before the step, so that the weights survive."""
     for p in parameters:
         assert p.grad is not None
-        p.grad.nan_to_num_(0.0, 0.0, 0.0)
+        local: Tensor = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+        local.nan_to_num_(0.0, 0.0, 0.0)

@@ -35,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "momentum": partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=0.01),
     "adam": partial(torch.optim.Adam, eps=1e-6),
     "adamw": partial(torch.optim.AdamW, amsgrad=True, eps=1e-6),
-    "nadam": partial(torch.optim.NAdam, eps=1e-6),
+    "adamax": partial(torch.optim.Adamax, eps=1e-6),
     "adagrad": partial(torch.optim.Adagrad, eps=1e-6),
     "rmsprop": partial(torch.optim.RMSprop, eps=1e-3),
 }

@@ -75,6 +75,7 @@ class Subject:
 
     def _backward(self, one: Backward) -> None:
         one = of_rank(one, self.rank, self.setting)
+        self._synchronise(one.sync)
         loss = self._loss(one)
         for number in range(1 + one.again):
             with self._sub_batch(one.size):
@@ -108,7 +109,7 @@ class Subject:
         clip(self._with_grad(), one)
 
     def _zero(self, one: Zero) -> None:
-        self.optimizer.zero_grad(set_to_none=one.to_none)
+        (self.model if one.of_model else self.optimizer).zero_grad(set_to_none=one.to_none)
 
     def _step(self, one: Step) -> None:
         if self.setting.scaler:
@@ -116,13 +117,13 @@ class Subject:
         elif one.closure:
             self.optimizer.step(lambda: self._closure(one))
         else:
-            self._sanitise()
+            sanitise(self._with_grad())
             self.optimizer.step()
 
     def _closure(self, one: Step) -> float:
         for inner in one.closure:
             self._backward(inner)
-        self._sanitise()
+        sanitise(self._with_grad())
         return 3.0
 
     def _scaled_step(self, one: Step) -> None:
@@ -133,7 +134,7 @@ class Subject:
             clip(self._with_grad(), Clip())
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.setting.implementation == "fused":  # which leaves the gradients scaled
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):  # which may leave the gradients scaled
             self.optimizer.zero_grad()
 
     def _schedule(self, one: Schedule) -> None:
@@ -239,6 +240,13 @@ class Subject:
         wall = {"wall": _fails} if one.fails else {}
         return loss_of(self.model, one, plain=False, **wall)
 
+    def _synchronise(self, sync: bool) -> None:
+        """What ``no_sync()`` and FSDP2's setter do, for forward and backward."""
+        if self.setting.wrapper == "fully_shard":
+            self.model.set_requires_gradient_sync(sync)
+        elif self.setting.wrapper is not None:
+            self.model.require_backward_grad_sync = sync
+
     def _scaled(self, loss: Tensor) -> Tensor:
         return self.scaler.scale(loss) if self.setting.scaler else loss
 
@@ -251,10 +259,11 @@ class Subject:
     def _with_grad(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
-    def _sanitise(self) -> None:
-        held = self._with_grad()
-        if not all(bool(p.grad.isfinite().all()) for p in held if p.grad is not None):
-            sanitise(held)
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every process must ask."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _fails(h: Tensor) -> Tensor:
