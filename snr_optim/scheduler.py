@@ -347,7 +347,8 @@ class SNRAdaptiveLR(LRScheduler):
         """A copy is not attached, as its optimizer is a copy without hooks; lrs that were ours are the copy's."""
         marks = self._marks if self._in_charge() else None
         observed = self._observed and self._attachment is None  # or it will be said that nothing measures
-        return {**self.__dict__, "_attachment": None, "_observed": observed, "_marks": marks, "_by_value": True}
+        changes = {"_observed": observed, "_marks": marks, "_by_value": True, "_dropped": self._unstepped()}
+        return {**self.__dict__, "_attachment": None, **changes}
 
     def _start(self) -> None:
         """Choose the ceilings. When built, the lrs that are there: ``initial_lr`` may be that of an earlier scheduler.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -176,6 +177,17 @@ def test_gradients_for_some_tensors_are_added_to_grad_and_count():
         y = run.model(torch.full((1, 1), x).double()).sum()
         y.backward(inputs=list(run.model.parameters()))
     run.expect_step(2.0, 3.0)
+
+
+def test_clipping_is_no_clearing_and_copies_keep_the_count():
+    run = Run()
+    run.sub_batches(4.0)
+    run.optimizer.zero_grad()
+    run.sub_batches(2.0, 3.0)
+    nn.utils.clip_grad_norm_(run.model.parameters(), 0.1)
+    assert run.count() == 1  # between clipping and the step
+    run.model.zero_grad()
+    assert run.count() == copy.deepcopy(run.scheduler).metrics()["skipped_unstepped"] == 2
 
 
 def test_zero_grad_is_the_optimizers_own_again_after_remove():

@@ -175,8 +175,10 @@ class AccumulationSource:
             self._drop()
 
     def was_cleared(self) -> bool:
-        """Whether ``.grad`` was cleared or replaced since the last backward pass, so that the batch will be dropped."""
-        return bool(self._batch.sizes or self._sub_batch is not None) and self._changed()
+        """Whether a ``.grad`` has gone since the last backward pass, so that the batch will be dropped."""
+        pairs = zip(self._states, self.parameters, strict=False)
+        begun = bool(self._batch.sizes) or self._sub_batch is not None
+        return begun and any(p.grad is None and not state.empty for state, p in pairs)
 
     def remove(self) -> None:
         """Take the hooks off; the source yields nothing any more."""
