@@ -218,9 +218,9 @@ class SNRAdaptiveLR(LRScheduler):
         ``critical_batch_size = noise / signal`` x the number of sub-batches, so in units of one sub-batch
         (inf where no signal is left); and the counts ``observations``, ``floor_bound`` (observations that found
         a factor below ``min_factor``), ``skipped_single`` (fewer than two sub-batches), ``skipped_flat`` (all gradients
-        zero), ``skipped_invalid`` (NaN, inf, impossible or not measurable) and ``skipped_unstepped`` (gradients
-        cleared without a step of this optimizer, as when a ``GradScaler`` skips it, or after the backward pass of
-        another optimizer's loss). With ``per_group=True`` also
+        zero), ``skipped_invalid`` (NaN, inf, impossible or not measurable) and ``skipped_unstepped`` (batches
+        whose gradients were cleared without a step of this optimizer, as when a ``GradScaler`` skips it, or after the
+        backward pass of another optimizer's loss; counted when the gradients are cleared). With ``per_group=True`` also
         ``factor_group_0``, ``lr_group_0``, ...
         """
         averages = self._averages
