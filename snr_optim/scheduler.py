@@ -218,9 +218,9 @@ class SNRAdaptiveLR(LRScheduler):
         ``critical_batch_size = noise / signal`` x the number of sub-batches, so in units of one sub-batch
         (inf where no signal is left); and the counts ``observations``, ``floor_bound`` (observations that found
         a factor below ``min_factor``), ``skipped_single`` (fewer than two sub-batches), ``skipped_flat`` (all gradients
-        zero), ``skipped_invalid`` (NaN, inf, impossible or not measurable) and ``skipped_unstepped`` (gradients
-        cleared without a step of this optimizer, as when a ``GradScaler`` skips it, or after the backward pass of
-        another optimizer's loss). With ``per_group=True`` also
+        zero), ``skipped_invalid`` (NaN, inf, impossible or not measurable) and ``skipped_unstepped`` (batches
+        whose gradients were cleared without a step of this optimizer, as when a ``GradScaler`` skips it, or after the
+        backward pass of another optimizer's loss; counted when the gradients are cleared). With ``per_group=True`` also
         ``factor_group_0``, ``lr_group_0``, ...
         """
         averages = self._averages
@@ -347,7 +347,8 @@ class SNRAdaptiveLR(LRScheduler):
         """A copy is not attached, as its optimizer is a copy without hooks; lrs that were ours are the copy's."""
         marks = self._marks if self._in_charge() else None
         observed = self._observed and self._attachment is None  # or it will be said that nothing measures
-        return {**self.__dict__, "_attachment": None, "_observed": observed, "_marks": marks, "_by_value": True}
+        changes = {"_observed": observed, "_marks": marks, "_by_value": True, "_dropped": self._unstepped()}
+        return {**self.__dict__, "_attachment": None, **changes}
 
     def _start(self) -> None:
         """Choose the ceilings. When built, the lrs that are there: ``initial_lr`` may be that of an earlier scheduler.

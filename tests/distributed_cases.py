@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -132,6 +133,52 @@ def ddp_checkpointed():
         del model.spare  # DDP allows no unused parameters with reentrant checkpoints
         model.spare = None
         train(DistributedDataParallel(model), deferred=True)
+
+
+def foreign_hooks():
+    """Hooks that others register after ``attach()``: what they leave counts on every rank, or nothing does on any."""
+    model = DistributedDataParallel(Model(), find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
+    handle = scheduler.attach(model)
+    weight = model.module.head.weight
+    bound = 1e-2
+
+    def step(number):
+        for k in range(MICRO_BATCHES):
+            model.require_backward_grad_sync = k == MICRO_BATCHES - 1
+            (loss_of(model, dist.get_rank(), number, k) / MICRO_BATCHES).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(0)
+    weight.register_hook(lambda gradient: gradient.clamp(-bound, bound))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a first batch may not count
+        step(1)
+    twin, gradients = Model(), []
+    twin.load_state_dict(whole(model))
+    for rank in range(dist.get_world_size()):
+        for k in range(MICRO_BATCHES):
+            twin.zero_grad()
+            loss_of(twin, rank, 2, k).backward()
+            clipped = twin.head.weight.grad.clamp(-bound * MICRO_BATCHES, bound * MICRO_BATCHES)
+            assert not torch.equal(clipped, twin.head.weight.grad)
+            twin.head.weight.grad = clipped
+            gradients.append([None if p.grad is None else p.grad.clone() for p in twin.parameters()])
+    reference = GradientMoments.from_gradients(gradients)
+    step(2)
+    assert float(handle.moments.sq_norm_of_mean) == pytest.approx(reference.sq_norm_of_mean, rel=REL)
+    assert float(handle.moments.mean_of_sq_norms) == pytest.approx(reference.mean_of_sq_norms, rel=REL)
+    assert_same_everywhere(scheduler)
+    if dist.get_rank() == 0:  # on one rank alone
+        weight.register_post_accumulate_grad_hook(lambda p: nn.utils.clip_grad_value_(p, bound / 10))
+    invalid = scheduler.metrics()["skipped_invalid"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step(3)
+    assert scheduler.metrics()["skipped_invalid"] == invalid + 1
+    assert_same_everywhere(scheduler)
 
 
 def trap_22_ddp_comm_hook():

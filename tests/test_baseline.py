@@ -365,6 +365,27 @@ def test_prompts_are_remembered_where_that_helps():
     assert remembers.predict(torch.tensor([77])).item() == pytest.approx(remembers.predict().item(), rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch says that there is one process
+def test_distributed_checkpoints_fill_the_state_in_place_or_say_that_they_cannot(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    learned = GradWeightedBaseline()
+    for k in range(3):
+        learned.update(torch.rand(16) + k, torch.rand(16), groups=4)
+    given = learned.state_dict()["_extra_state"]
+    dcp.save({"baseline": learned}, checkpoint_id=tmp_path / "pool")
+    fresh = GradWeightedBaseline()
+    dcp.load({"baseline": fresh}, checkpoint_id=tmp_path / "pool")
+    for name, value in fresh.state_dict()["_extra_state"].items():
+        assert torch.equal(value, given[name]), name
+        value.zero_()  # handed out: not the baseline's own
+    assert torch.equal(fresh.predict(), learned.predict())
+    learned.update(torch.rand(4), torch.rand(4), prompts=torch.arange(4) // 2)
+    dcp.save({"baseline": learned}, checkpoint_id=tmp_path / "prompts")
+    with pytest.raises(BaseException, match="Size mismatch"):  # torch derives it from nothing narrower
+        dcp.load({"baseline": fresh}, checkpoint_id=tmp_path / "prompts")
+
+
 def test_state_is_restored_bit_for_bit(tmp_path):
     ids = torch.tensor([3, 3, 8, 8])
     baseline = GradWeightedBaseline()

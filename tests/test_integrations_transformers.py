@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("accelerate", reason="the Trainer needs it")
 from trainers import collate, sequences, tiny_qwen3
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup
 
-from snr_optim import SNRAdaptiveLR
+from snr_optim import GradientMoments, SNRAdaptiveLR
 from snr_optim.integrations.scaled_steps import ScaledSteps
 from snr_optim.integrations.transformers import SNRCallback
 
@@ -291,3 +292,103 @@ def test_two_processes_take_the_steps_of_one(tmp_path, two_trainer_processes):
         assert observations == STEPS
         assert lrs == pytest.approx(logged(one), rel=1e-4)
         assert torch.allclose(parameters, weights(one), rtol=1e-5, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------- shares of micro-batches
+class Counted(nn.Module):
+    """A Trainer passes the number of labels to any model with keywords; this one may use it, or read it, or not."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.how = nn.Linear(3, 1).double(), how
+
+    def forward(self, x, labels, num_items_in_batch=None, **kwargs):
+        errors = (self.layer(x).squeeze(-1) - 1).square()[labels != -100]
+        if self.how == "left unused" or num_items_in_batch is None:
+            return {"loss": errors.mean()}
+        return {"loss": errors.sum() / num_items_in_batch + (0.01 * errors.mean() if self.how == "and a term" else 0)}
+
+
+LABELS = (2, 30, 8, 4)  # of each micro-batch
+
+
+def labelled_rows():
+    rows, generator = [], torch.Generator().manual_seed(1)
+    for number in LABELS:
+        labels = torch.zeros(32, dtype=torch.long)
+        labels[number:] = -100
+        rows.append({"x": torch.randn(32, 3, generator=generator, dtype=torch.float64), "labels": labels})
+    return rows
+
+
+@pytest.mark.parametrize("how", ["divided", "left unused", "and a term"])
+def test_a_micro_batch_counts_by_its_labels_where_the_loss_divides_by_them_and_like_others_where_not(tmp_path, how):
+    rows, model = labelled_rows(), Counted(how)
+    gradients = [gradients_of_mean(row) for row in rows]
+    shares = None if how == "left unused" else LABELS
+    callback = SNRCallback(smoothing=0.0, min_factor=0.0, adapt=False)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=1,
+        learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0, save_strategy="no",
+        use_cpu=True, report_to="none", disable_tqdm=True, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[callback])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.train()
+    expected = GradientMoments.from_gradients(gradients, shares=shares).lr_factor
+    assert callback.metrics()["factor"] == pytest.approx(
+        min(1.0, max(0.0, expected)), rel=2e-2 if "term" in how else 1e-6
+    )
+    named = ["num_items_in_batch" in str(one.message) for one in said]
+    assert sum(named) == (how == "left unused")
+
+
+def gradients_of_mean(row):
+    model = Counted("left unused")
+    model(row["x"], row["labels"])["loss"].backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_groups_that_another_callback_adds_are_measured_and_have_factors_of_their_own(tmp_path, groups):
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return {"loss": self.c(torch.tanh(self.b(torch.tanh(self.a(x))))).square().mean()}
+
+    class Unfreeze(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            if state.global_step == 2:
+                model.a.requires_grad_(True)
+                optimizer.add_param_group({"params": list(model.a.parameters()), "lr": 0.3})
+
+    model = Parts()
+    model.a.requires_grad_(False)
+    parts = [model.b, model.c] if groups == 2 else [nn.ModuleList([model.b, model.c])]
+    optimizer = torch.optim.SGD([{"params": part.parameters()} for part in parts], lr=0.1)
+    callback = SNRCallback(per_group=True, smoothing=0.0, min_factor=0.0)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=5, max_steps=5,
+        save_strategy="no", use_cpu=True, report_to="none", disable_tqdm=True, max_grad_norm=0,
+        remove_unused_columns=False, logging_strategy="no",
+    )  # fmt: skip
+    rows = [{"x": torch.randn(4, generator=torch.Generator().manual_seed(k)) + 1} for k in range(60)]
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 1.0)
+    trainer = Trainer(
+        model, args, train_dataset=rows, callbacks=[callback, Unfreeze()], optimizers=(optimizer, schedule)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one batch, in which the new group was not yet watched
+        trainer.train()
+    metrics = callback.metrics()
+    for number in range(groups + 1):
+        ceiling = 0.3 if number == groups else 0.1
+        assert metrics[f"lr_group_{number}"] == pytest.approx(ceiling * metrics[f"factor_group_{number}"])
+    assert metrics["observations"] == 4
+    assert metrics["skipped_invalid"] == 1

@@ -305,8 +305,12 @@ class GradWeightedBaseline(nn.Module):
         return {"pool": self._pool, "evidence": self._evidence, "memory": self._memory}
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """All that was learned, as tensors: loads with ``weights_only=True``."""
-        return state_of(self._parts())
+        """All that was learned, as tensors that nobody else holds: loads with ``weights_only=True``.
+
+        ``torch.distributed.checkpoint`` fills them in place. It refuses sizes that differ from those of a new baseline,
+        as they do once prompts or rewards-to-go were remembered: keep such a state in a file of ``torch.save``.
+        """
+        return {name: value.clone() for name, value in state_of(self._parts()).items()}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
         """Take it over, bit for bit; the settings stay those of the constructor."""

@@ -175,8 +175,10 @@ class AccumulationSource:
             self._drop()
 
     def was_cleared(self) -> bool:
-        """Whether ``.grad`` was cleared or replaced since the last backward pass, so that the batch will be dropped."""
-        return bool(self._batch.sizes or self._sub_batch is not None) and self._changed()
+        """Whether a ``.grad`` has gone since the last backward pass, so that the batch will be dropped."""
+        pairs = zip(self._states, self.parameters, strict=False)
+        begun = bool(self._batch.sizes) or self._sub_batch is not None
+        return begun and any(p.grad is None and not state.empty for state, p in pairs)
 
     def remove(self) -> None:
         """Take the hooks off; the source yields nothing any more."""
@@ -309,9 +311,11 @@ class AccumulationSource:
             return
         batch, size = self._batch, sub_batch.size
         if batch.sizes and batch.stated != (size is not None):
-            batch.fault = "some sub-batches have their sizes stated and some have not"
+            batch.fault = batch.fault or "some sub-batches have their sizes stated and some have not"
         if sub_batch.in_pieces:
-            batch.fault = "a parameter got its gradient in pieces: reentrant checkpointing of a shared module?"
+            batch.fault = (
+                batch.fault or "a parameter got its gradient in pieces: reentrant checkpointing of a shared module?"
+            )
         batch.stated = size is not None
         batch.sizes.append(size or 1.0)
         batch.scaled.append(self._by_group(sub_batch.norms) / batch.sizes[-1])
@@ -370,14 +374,14 @@ class AccumulationSource:
         must_be_zero = sum_of_squares(batch.must_be_zero, scaled.device)
         scaled = torch.where(must_be_zero == 0, scaled, torch.nan)
         if scaled.device.type == "cpu" and must_be_zero != 0:  # elsewhere it would wait
-            batch.fault = (
+            batch.fault = batch.fault or (
                 ".grad was not empty before its first backward pass (zero_grad() forgotten?), was changed between "
                 "two of them, or is not what the hooks saw (a later hook changes the gradient?)"
             )
         if not batch.reduced:
-            batch.fault = "after its last backward pass .grad was not reduced over the ranks (no_sync?)"
+            batch.fault = batch.fault or "after its last backward pass .grad was not reduced over the ranks (no_sync?)"
         if len(batch.sizes) > 1 and not batch.overlap and not batch.stated:
-            batch.fault = (
+            batch.fault = batch.fault or (
                 "no two backward passes have a parameter in common. Losses of different parts of a model are one "
                 "sub-batch: `with handle.sub_batch(1): ...`"
             )
