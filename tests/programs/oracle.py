@@ -394,10 +394,10 @@ class Oracle:
         fused = self.knows_scaler
         for p in self._with_grad():
             p.grad = p.grad / self.scale
-        self._touch()
+        self._touch(silently=True)  # as torch's kernel for it does
         finite = self._finite()
         if one.unscale:
-            clip(self._with_grad(), Clip())
+            self._clip(Clip())
         if finite or fused:  # the hooks of a fused step run even where the step is not done
             self._observe()
             self.used_lrs = self.lrs

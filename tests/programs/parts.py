@@ -5,6 +5,7 @@ The models are built alike on both sides; only the library's has checkpoints, wh
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,7 +89,12 @@ class Net(nn.Module):
             p.data.copy_(0.7 * torch.randn(p.shape, dtype=torch.float64, generator=generator))
 
     def forward(
-        self, x: Tensor, route: int = 0, spare: bool = False, wall: Callable[[Tensor], Tensor] = same, plain: bool = True
+        self,
+        x: Tensor,
+        route: int = 0,
+        spare: bool = False,
+        wall: Callable[[Tensor], Tensor] = same,
+        plain: bool = True,
     ) -> Tensor:
         if self.kind == "parts":
             used = [0, 1] if route == 2 else [route]
@@ -146,7 +152,7 @@ def group_names(model: Net, groups: int) -> list[list[str]]:
     """The parameters of every group, by name; those of the spare layer are in none."""
     names = [name for name, _ in model.named_parameters() if not name.startswith("spare.")]
     cuts = [len(names) * i // groups for i in range(groups + 1)]
-    return [names[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [names[a:b] for a, b in itertools.pairwise(cuts)]
 
 
 def base_lr(group: int) -> float:

@@ -260,7 +260,6 @@ class Subject:
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-
 def whole(value: Tensor) -> Tensor:
     """All of a tensor that may be sharded; every process must ask."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
