@@ -6,7 +6,6 @@ Rank ``r``, micro-batch ``k`` has the gradient ``g_rk`` that one process compute
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import warnings
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import leave_together
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -538,6 +538,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
     globals()[sys.argv[1]]()
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # threads of gloo and DDP that still run abort the interpreter's own way out, now and then
+    leave_together()
