@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -139,8 +140,7 @@ class Trial:
             by_number = True
         factors = None if by_number else _factors(of_rows, columns, scaling, size, rounding)
 
-        wave = torch.arange(self._head.out_features, dtype=torch.float64, device="cpu").cos()
-        numbers = (wave.sign() + 2 * wave).to(hidden)  # between 1 and 3, of either sign
+        numbers = _numbers(self._head.out_features).to(hidden)
         masks: list[Tensor] = []
         for row in (numbers, -numbers):
             probe = row.expand(size[0] if by_number else 1, 1, -1)
@@ -155,14 +155,15 @@ class Trial:
                 words = of_words.shape[-1]
             low = of_words.detach().cpu() <= LOWEST
             mask = low.flatten(0, -2).any(0)
+            masked = bool(mask.any())
             if not torch.equal(low, mask.expand_as(low)) or any(not torch.equal(mask, other) for other in masks):
                 raise RuntimeError(
                     "model: it masks other words in some rows than in others; linear_logprob_stats cannot"
                 )
             masks.append(mask)
-            left = ~mask.to(row.device)
-            if not left.any() or of_words.shape[-1] != words:
+            if of_words.shape[-1:] != (words,) or bool(mask.all()):
                 raise _unexpected_shape(of_words, (*size, words))
+            left = ~mask.to(row.device) if masked else slice(None)
             found = _factors(of_words[..., left], row[:words][left], scaling, size, rounding)
             factors = found if factors is None else factors
             of_all = factors[: found.shape[0], : found.shape[1]]
@@ -170,7 +171,7 @@ class Trial:
                 raise RuntimeError("model: it scales some logits of a row otherwise than others")
         assert factors is not None
         scaled = None if bool((factors == 1).all()) else factors.expand(size)
-        return AfterHead(scaled, words, ~masks[0] if bool(masks[0].any()) else None, by_number)
+        return AfterHead(scaled, words, ~masks[0] if masked else None, by_number)
 
 
 def stand_in(hidden: Tensor, head: nn.Linear, after: AfterHead) -> Tensor:
@@ -199,6 +200,13 @@ def logits_of(returned: Any) -> Tensor:
     """The logits among what a model returns."""
     logits: Tensor = returned.logits if hasattr(returned, "logits") else returned[0]
     return logits
+
+
+@cache
+def _numbers(many: int) -> Tensor:
+    """In place of the logits of a row: between 1 and 3, of either sign."""
+    wave = torch.arange(many, dtype=torch.float64, device="cpu").cos()
+    return (wave.sign() + 2 * wave).float()
 
 
 def _factors(got: Tensor, numbers: Tensor, scaling: Scaling, size: torch.Size, rounding: float) -> Tensor:
@@ -291,7 +299,7 @@ def _layers_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     for name, child in module._modules.items():
         if child is None:
             continue
-        if type(child).forward is nn.Module.forward:
+        if type(child).forward is nn.Module.forward and "forward" not in vars(child):
             yield from _layers_of(child)
         else:
             yield module, name, child

@@ -225,6 +225,22 @@ def test_the_model_is_left_as_it_was():
     copy.deepcopy(model.layers)
 
 
+@pytest.mark.parametrize("part", ["layers", "body", "body in place"])
+def test_compiled_layers(part):
+    model, plain = language_model("qwen3-untied").double(), language_model("qwen3-untied").double()
+    if part == "layers":
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+    elif part == "body":
+        model.model = torch.compile(model.model, backend="eager")
+    else:
+        model.model.compile(backend="eager")
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits / OF_ROWS)
+    plain.lm_head.register_forward_hook(lambda module, args, logits: logits / OF_ROWS)
+    for a, b in zip(model_logprob_stats(model, IDS, IDS), by_the_logits(plain, IDS), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
 def test_what_only_looks_at_the_logits_is_no_harm():
     model, seen = Toy(), []
     model.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits.shape[-1]))

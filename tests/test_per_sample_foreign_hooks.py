@@ -256,6 +256,15 @@ def test_a_hook_of_a_parameter_is_found_by_the_gradients():
         measured(model, norms, alone=False)
 
 
+def test_a_hook_of_a_node_is_found_by_the_gradients():
+    """Nodes do not tell their hooks, so `norms.backward`, which does not run those of the lowest layers, cannot ask."""
+    halve = lambda gradients: tuple(g / 2 for g in gradients)  # noqa: E731
+    model = Model(lambda name, tensor: tensor.grad_fn.register_prehook(halve) if name == "embed" else None)
+    norms = PerSampleGradNorms(model)
+    with pytest.raises(RuntimeError, match=r"'embed\.weight': its gradient.*differs"):
+        measured(model, norms, alone=False)
+
+
 # ------------------------------------------------------------------------------- what wrappers and adapters hook
 @pytest.mark.parametrize("alone", [True, False])
 def test_adapters_on_hooked_layers(alone):

@@ -65,6 +65,7 @@ class ForwardHook:
         if not isinstance(output, Tensor):
             layer.returned = type(output).__name__
             return
+        layer.returned = None
         if not output.requires_grad:
             return
         if me is None or torch._C._functorch.is_functorch_wrapped_tensor(output):

@@ -56,6 +56,11 @@ class PerSampleGradNorms:
     Tied embeddings and modules that are called several times get their cross terms. Frozen parameters do not count.
     Any other trainable parameter is refused by name, unless ``rules`` covers it.
 
+    **Hooks of others**, of layers or of tensors, that change outputs or gradients are part of the model: norms are of
+    what ``backward()`` computes for each sequence. What runs before our own forward hook, the first of its layer, and
+    changes the output is refused. Hooks of a parameter are not counted: norms are of the gradient that comes to it.
+    Hooks of a node of the graph are found by the ``check`` of a training backward pass alone.
+
     **Scale.** The norms are those of the gradient of what ``backward()`` is called on. For ``log_prob_sum``, a sum over
     sequences, each is that of its own log-probability. A loss ``sum_s c_s log pi(o_s)``, such as a mean
     (``c = 1 / B``), with advantages, scaled by a ``GradScaler``, has norms ``c_s^2 w_s``: ``squared(scale=c)``
@@ -77,7 +82,8 @@ class PerSampleGradNorms:
         method: ``"exact"``; or ``"sketch"``, random projections of the gradients, linear in the tokens and
             unbiased, for sequences so long that they are cheaper.
         parameters: which to count, by their names; all by default. ``lambda name: "norm" in name`` counts norms alone.
-        rules: for other layers, by class: ``by_autograd`` works for any layer with few parameters.
+        rules: for other layers, by class: ``by_autograd`` works for any layer that maps one tensor to another and has
+            few parameters of its own; also for a block around other layers, or the model itself.
         relative_error: wanted standard error of a sketch, relative to the norm; each block is sketched as finely
             as the errors of the one before suggest, with 4 columns or more, and exact where that is cheaper (sequences
             of twice as many tokens as columns). ``sketch_size`` is the number of columns; set it to start elsewhere.
@@ -180,7 +186,8 @@ class PerSampleGradNorms:
         Raises:
             TypeError, ValueError: bad arguments; or activations, in the backward pass, that have other sequences.
             RuntimeError: no backward pass within, or a second one; a graph that an earlier one has freed; gradients of
-                parameters that no layer accounts for; parameters that became trainable meanwhile; blocks within
+                parameters that no layer accounts for; outputs that other hooks changed before ours; backward hooks of
+                the old kind; parameters that became trainable meanwhile; blocks within
                 blocks. An error, or any exception within the block, leaves no norms and no state behind.
         """
         if (batch_size is None) == (cu_seqlens is None):

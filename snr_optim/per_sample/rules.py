@@ -113,7 +113,8 @@ def by_autograd(call: Call) -> Uses:
     """For any layer that treats the sequences of a batch one by one: exact, one sequence after another.
 
     The layer runs again for each unit, and the gradients of all units are in memory at once: for layers with few
-    parameters. It must do the same each time: no dropout.
+    parameters of their own. Those of layers within it have rules of their own. It must do the same each time: no
+    dropout.
 
     Raises:
         RuntimeError: units are groups whose sequences are not neighbours; a forward that has its parameters from
