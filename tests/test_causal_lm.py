@@ -196,9 +196,10 @@ IDS = torch.arange(10).view(2, 5)
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        (lambda head, h: 2 * head(h), "for logits of .*something else"),
-        (lambda head, h: 1.01 * head(h), "something else"),
-        (lambda head, h: head(h).tanh(), "something else"),
+        (lambda head, h: head(h).tanh(), "for logits of .*something else"),
+        (lambda head, h: -2 * head(h), "something else"),
+        (lambda head, h: head(h) + 0.1, "something else"),
+        (lambda head, h: head(h).log_softmax(-1), "something else"),
         (lambda head, h: head(h).clamp_min(0), "something else"),
         (lambda head, h: head(h)[..., :1], "expected it to return what its head does"),
         (lambda head, h: h @ head.weight.t(), "without a call of its output head"),
