@@ -59,19 +59,8 @@ trainers: peers              ## the integrations, in verl and in the last three 
 	done
 
 gpu: OUT ?= runs/gpu
-gpu:                         ## tests and benchmarks on the accelerator of this machine, with its own torch
-	mkdir -p $(OUT)
-	$(PYTHON) -m pytest -q tests/test_device.py tests/test_logprob_stats.py tests/test_linear_logprob_stats.py \
-		tests/test_head_grad_norms.py tests/test_linear_grad_norms.py tests/test_norm_embedding_grad_norms.py
-	$(PYTHON) -m benchmarks.logprob_stats --out $(OUT) --plot $(OUT)/logprob_stats.png
-	$(PYTHON) -m benchmarks.linear_logprob_stats --device cuda --out $(OUT)
-	$(PYTHON) -m benchmarks.linear_grad_norms --device cuda --out $(OUT)
-	$(PYTHON) -m benchmarks.per_sample_norms --device cuda --turns 3 --out $(OUT)
-	$(PYTHON) -m benchmarks.attach_overhead --device cuda --steps 20 --out $(OUT)
-	$(PYTHON) -m benchmarks.baseline_speed --device cuda --out $(OUT)
-	PYTHONPATH=. $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 examples/ddp_fsdp.py \
-		--parallel fsdp --steps 20 --out $(OUT)/ddp_fsdp
-	PYTHONPATH=. $(PYTHON) examples/qwen3_arithmetic.py --device cuda --steps 50 --out $(OUT)/qwen3_arithmetic
+gpu:                         ## tests and benchmarks on the accelerator of this machine, with its own torch; see docs/gpu.md
+	$(PYTHON) -m benchmarks.gpu --device cuda --out $(OUT) $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
