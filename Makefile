@@ -2,13 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench peers trainers gpu clean
+.PHONY: demo test capabilities lint bench peers trainers gpu clean
 
 demo: .venv/ready            ## four methods, three seeds, on two cores: table, summary.json, curves.png
 	$(BIN)/python examples/qwen3_arithmetic.py --method all --seeds 0 1 2 --jobs 2 --out runs/demo
 
 test: .venv/ready            ## everything, in random order, doctests included, on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# What looks at programs, pages and compilers more than at numbers. Any other file runs, new ones too.
+FEW_NUMBERS := cross_compilation docs_loops interpreter math_problems packaging readme \
+	example example_* integrations_* *benchmark*
+
+capabilities: .venv/ready    ## whatever compares numbers, as CPUs without vectors and with AVX2 round them
+	for capability in default avx2; do \
+		ATEN_CPU_CAPABILITY=$$capability $(BIN)/python -m pytest -q -n 2 --dist worksteal \
+			$(FEW_NUMBERS:%='--ignore-glob=tests/test_%.py') || exit 1; \
+	done
 
 lint: .venv/ready            ## style and types
 	$(BIN)/ruff check .
@@ -39,26 +49,18 @@ peers: .venv/ready           ## the code bases that `make bench` compares with a
 	$(BIN)/pip install -q --no-deps verl==0.9.1 # its pins are older than ours; what is used of it needs none
 
 trainers: peers              ## the integrations, in verl and in the last three minor releases of TRL
-	$(BIN)/python -m pytest -q tests/test_integrations_*.py tests/test_example_verl.py tests/test_example_trl.py
+	$(BIN)/python -c 'import trl, wrapt, verl.trainer.ppo.v1' # without them their tests would be skipped
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_integrations_*.py tests/test_example_verl.py tests/test_example_trl.py
 	for version in 1.14.2 1.15.0; do \
+		export TRITON_INTERPRET=1 PYTHONPATH=.venv/trl-$$version:. && \
 		$(BIN)/pip install -q --no-deps --upgrade --target .venv/trl-$$version trl==$$version && \
-		TRITON_INTERPRET=1 PYTHONPATH=.venv/trl-$$version:. $(BIN)/python -m pytest -q tests/test_integrations_trl.py || exit 1; \
+		$(BIN)/python -c "import trl; assert trl.__version__ == '$$version', trl.__version__" && \
+		$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_integrations_trl.py || exit 1; \
 	done
 
 gpu: OUT ?= runs/gpu
-gpu:                         ## tests and benchmarks on the accelerator of this machine, with its own torch
-	mkdir -p $(OUT)
-	$(PYTHON) -m pytest -q tests/test_device.py tests/test_logprob_stats.py tests/test_linear_logprob_stats.py \
-		tests/test_head_grad_norms.py tests/test_linear_grad_norms.py tests/test_norm_embedding_grad_norms.py
-	$(PYTHON) -m benchmarks.logprob_stats --out $(OUT) --plot $(OUT)/logprob_stats.png
-	$(PYTHON) -m benchmarks.linear_logprob_stats --device cuda --out $(OUT)
-	$(PYTHON) -m benchmarks.linear_grad_norms --device cuda --out $(OUT)
-	$(PYTHON) -m benchmarks.per_sample_norms --device cuda --turns 3 --out $(OUT)
-	$(PYTHON) -m benchmarks.attach_overhead --device cuda --steps 20 --out $(OUT)
-	$(PYTHON) -m benchmarks.baseline_speed --device cuda --out $(OUT)
-	PYTHONPATH=. $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 examples/ddp_fsdp.py \
-		--parallel fsdp --steps 20 --out $(OUT)/ddp_fsdp
-	PYTHONPATH=. $(PYTHON) examples/qwen3_arithmetic.py --device cuda --steps 50 --out $(OUT)/qwen3_arithmetic
+gpu:                         ## tests and benchmarks on the accelerator of this machine, with its own torch; see docs/gpu.md
+	$(PYTHON) -m benchmarks.gpu --device cuda --out $(OUT) $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

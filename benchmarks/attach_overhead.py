@@ -2,46 +2,73 @@
 
     python -m benchmarks.attach_overhead                     # minutes on two cores
     python -m benchmarks.attach_overhead --models tiny --metrics euclidean optimizer
+    python -m benchmarks.attach_overhead --device cuda       # these, and Qwen3-0.6B in bfloat16
 
 Steps with and without hooks take turns in one process, so that a slow minute of the machine slows both. The time that
-is spent inside the hooks is measured too (on a CPU): it is part of the difference, and has none of its noise.
+is spent inside the hooks is measured too, on a CPU: it is part of the difference, and has none of its noise. On a GPU
+it would be the time to queue what they do.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from benchmarks.harness import environment, peak_memory, print_table, progress
+from benchmarks.harness import (
+    Row,
+    environment,
+    parse_arguments,
+    peak_memory,
+    print_table,
+    progress,
+    release,
+    write_json,
+)
 from snr_optim import SNRAdaptiveLR
 from snr_optim.sources import AccumulationSource
 
-SHAPES = {  # hidden, intermediate, layers, heads, vocabulary; sequences x tokens of a micro-batch
-    "tiny": ((64, 128, 2, 4, 32), (32, 16)),
-    "100M": ((768, 2304, 12, 12, 32_000), (8, 128)),
+
+class Case(NamedTuple):
+    """A Qwen3, its micro-batch, and how many pairs of steps."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    head_dim: int
+    vocabulary: int
+    sequences: int
+    tokens: int
+    steps: int
+    dtype: torch.dtype = torch.float32
+
+
+CASES = {
+    "tiny": Case(64, 128, 2, 4, 16, 32, 32, 16, steps=200),
+    "100M": Case(768, 2304, 12, 12, 64, 32_000, 8, 128, steps=6),
+    "Qwen3-0.6B": Case(1024, 3072, 28, 16, 128, 151_936, 4, 1024, steps=20, dtype=torch.bfloat16),
 }
+MODELS = {"cpu": ["tiny", "100M"], "cuda": ["tiny", "100M", "Qwen3-0.6B"], "small": ["tiny"]}
 MICRO_BATCHES = 4
 
 
-def qwen3(name: str, device: torch.device) -> nn.Module:
+def qwen3(case: Case, device: torch.device) -> nn.Module:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    hidden, intermediate, layers, heads, vocabulary = SHAPES[name][0]
     config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=hidden // heads, tie_word_embeddings=True,
+        vocab_size=case.vocabulary, hidden_size=case.hidden, intermediate_size=case.intermediate,
+        num_hidden_layers=case.layers, num_attention_heads=case.heads, num_key_value_heads=case.heads // 2,
+        head_dim=case.head_dim, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(config).to(device)
+    with device:  # a GPU draws the weights of 0.6B in no time
+        return Qwen3ForCausalLM._from_config(config, dtype=case.dtype)
 
 
 class Clock:
@@ -73,12 +100,13 @@ class Clock:
         return timed
 
 
-def measure(name: str, metric: str, steps: int, device: torch.device, report: Callable[[str], None]) -> dict[str, Any]:
-    model = qwen3(name, device)
+def measure(name: str, metric: str, steps: int, device: torch.device, report: Callable[[str], None]) -> Row:
+    case = CASES[name]
+    release(device)  # the model of the case before
+    model = qwen3(case, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     scheduler = SNRAdaptiveLR(optimizer, metric=metric)
-    sequences, tokens = SHAPES[name][1]
-    inputs = torch.randint(SHAPES[name][0][-1], (MICRO_BATCHES, sequences, tokens), device=device)
+    inputs = torch.randint(case.vocabulary, (MICRO_BATCHES, case.sequences, case.tokens), device=device)
 
     def step() -> None:
         for part in inputs:
@@ -88,11 +116,15 @@ def measure(name: str, metric: str, steps: int, device: torch.device, report: Ca
         scheduler.step()
         optimizer.zero_grad()
 
-    def timed() -> float:
-        start = time.perf_counter()
-        step()
+    def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
+
+    def timed() -> float:
+        wait()
+        start = time.perf_counter()
+        step()
+        wait()
         return time.perf_counter() - start
 
     step()
@@ -112,12 +144,13 @@ def measure(name: str, metric: str, steps: int, device: torch.device, report: Ca
     return {
         "model": name,
         "metric": metric,
+        "dtype": str(case.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens_per_step": inputs.numel(),
         "step_s": median(plain),
         "attached_step_s": median(hooked),
         "paired_overhead": median(b / a - 1 for a, b in zip(plain, hooked, strict=True)),
-        "inside_hooks": median(a / b for a, b in zip(inside, plain, strict=True)),
+        "inside_hooks": None if device.type == "cuda" else median(a / b for a, b in zip(inside, plain, strict=True)),
         "extra_peak_mib": None if peak_plain is None or peak_hooked is None else (peak_hooked - peak_plain) / 2**20,
         "gradients_mib": gradients / 2**20,
     }
@@ -131,23 +164,21 @@ def typical_peak(step: Callable[[], None], device: torch.device) -> float | None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--models", nargs="+", choices=CASES, help="tiny and 100M; on a GPU Qwen3-0.6B, too")
     parser.add_argument("--metrics", nargs="+", default=["euclidean", "optimizer"], choices=["euclidean", "optimizer"])
-    parser.add_argument("--steps", type=int, help="pairs of steps (default: 200 of the tiny model, 6 of the other)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    origin = environment(device)
+    parser.add_argument("--steps", type=int, help="pairs of steps (default: 200 of tiny, 6 of 100M, 20 of Qwen3-0.6B)")
+    args = parse_arguments(parser, "attach_overhead")
+    origin = environment(args.device)
     cases = [
-        (name, metric, args.steps or (200 if name == "tiny" else 6)) for name in args.models for metric in args.metrics
+        (name, metric, args.steps or (2 if args.small else CASES[name].steps))
+        for name in args.models or MODELS[args.sizes]
+        for metric in args.metrics
     ]
+    rows: list[Row] = []
     with progress(sum(steps for *_, steps in cases)) as report:
-        rows = [measure(name, metric, steps, device, report) for name, metric, steps in cases]
-    command = ("python -m benchmarks.attach_overhead " + " ".join(sys.argv[1:])).strip()
-    args.out.mkdir(parents=True, exist_ok=True)
-    result = {"benchmark": "attach_overhead", "command": command, "environment": origin, "rows": rows}
-    (args.out / "attach_overhead.json").write_text(json.dumps(result, indent=1) + "\n")
+        for name, metric, steps in cases:
+            rows.append(measure(name, metric, steps, args.device, report))
+            write_json(args.json, "attach_overhead", origin, rows=rows)
     print_table(rows, list(rows[0]))
 
 

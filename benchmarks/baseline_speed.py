@@ -4,26 +4,38 @@
     python -m benchmarks.baseline_speed --device cuda
 
 Everything from what the rollout gives to advantages is timed: rewards-to-go, token weights and their sums included.
-verl loops over groups in Python and puts each output into its own baseline; ours is vectorised and leaves it out. (In
-earnest the token weights come from ``logprob_stats``, without the cancellation that ``1 - 2 p + sum p^2`` has.)
+Batches are taken in turn, so that none is in a cache when its turn comes. verl loops over groups in Python and puts
+each output into its own baseline; ours is vectorised and leaves it out. (In earnest the token weights come from
+``logprob_stats``, without the cancellation that ``1 - 2 p + sum p^2`` has.)
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import environment, print_table, progress, time_calls, write_json
+from benchmarks.harness import (
+    Row,
+    attempt,
+    conclude,
+    copies,
+    environment,
+    left_out,
+    parse_arguments,
+    progress,
+    time_calls,
+    write_json,
+)
 from snr_optim import GradWeightedBaseline
 
 GROUP = 8
-COLUMNS = ["what", "implementation", "size", "ms", "low", "high", "times_faster"]
+COLUMNS = ["what", "implementation", "size", "ms", "host_ms", "low", "high", "times_faster", "refused"]
+SIZES = {"cpu": (4096, 1024, 1 << 20), "cuda": (4096, 1024, 1 << 20), "small": (16, 20, 64)}
+SECONDS = {"cpu": 3.0, "cuda": 3.0, "small": 0.0}
 
 
 def outputs(batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
@@ -65,8 +77,8 @@ def by_output(scope: str, update: bool = False) -> Callable[[dict[str, Tensor]],
 def peers() -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
     try:
         from verl.trainer.ppo import core_algos
-    except ImportError:
-        return {}
+    except Exception as error:  # one that is there, but not for this torch, fails in its own way
+        return dict(left_out("verl", error))
 
     def index(o: dict[str, Tensor]) -> Any:
         return (torch.arange(len(o["rewards"])) // GROUP).numpy()
@@ -79,48 +91,80 @@ def peers() -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--many", type=int, default=1 << 20, help="outputs, in the test of many")
-    parser.add_argument("--seconds", type=float, default=3.0, help="to spend on each")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs/baseline_speed"))
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    origin = environment(device)
+Case = tuple[str, str, str, Callable[[int], Tensor]]  # what, by whom, of which size; the argument is the turn
+
+
+def of_a_batch(num: int, length: int, device: torch.device) -> list[Case]:
+    """Baselines of tokens and of outputs, verl's first."""
     torch.manual_seed(0)
-    batch = outputs(args.batch, args.length, device)
-    rewards, weights = torch.randint(0, 2, (args.many,), device=device).float(), torch.rand(args.many, device=device)
-    ids = torch.randperm(args.many, device=device) // GROUP
-    size, many = f"{args.batch} x {args.length}", f"{args.many} outputs"
-    calls = {("otb", "verl"): peers().get("otb"), ("otb", "snr-optim group"): by_token("group"),
-             ("otb", "snr-optim shrink"): by_token("shrink"), ("opo", "verl"): peers().get("opo"),
+    nbytes = 4 * 4 * num * length
+    batches = [outputs(num, length, device) for _ in range(copies(nbytes))]
+    theirs = peers()
+    calls = {("otb", "verl"): theirs.get("otb"), ("otb", "snr-optim group"): by_token("group"),
+             ("otb", "snr-optim shrink"): by_token("shrink"), ("opo", "verl"): theirs.get("opo"),
              ("opo", "snr-optim group"): by_output("group"),
              ("opo", "snr-optim shrink, update"): by_output("shrink", update=True)}  # fmt: skip
-    cases = [(what, name, size, partial(call, batch)) for (what, name), call in calls.items() if call]
-    group, shrink = GradWeightedBaseline("group"), GradWeightedBaseline()
-    cases += [
-        ("many", "snr-optim group", many, partial(group.advantages, rewards, weights, GROUP)),
-        ("many", "snr-optim shrink", many, partial(shrink.advantages, rewards, weights, GROUP)),
-        ("many", "snr-optim shrink, update", many, partial(shrink.advantages, rewards, weights, GROUP, update=True)),
-        ("many", "snr-optim shrink, scattered ids", many, partial(shrink.advantages, rewards, weights, ids)),
+
+    def in_turn(call: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[int], Tensor]:
+        return lambda turn: call(batches[turn % len(batches)])
+
+    return [(what, name, f"{num} x {length}", in_turn(call)) for (what, name), call in calls.items() if call]
+
+
+def of_many(num: int, device: torch.device) -> list[Case]:
+    """A baseline of very many outputs, in groups in a row or anywhere."""
+    inputs = [
+        (torch.randint(0, 2, (num,), device=device).float(), torch.rand(num, device=device))
+        for _ in range(copies(2 * 4 * num))
     ]
-    rows: list[dict[str, Any]] = []
+    ids = torch.randperm(num, device=device) // GROUP
+    group, shrink = GradWeightedBaseline("group"), GradWeightedBaseline()
+
+    def case(name: str, baseline: GradWeightedBaseline, groups: int | Tensor, **options: bool) -> Case:
+        def call(turn: int) -> Tensor:
+            rewards, weights = inputs[turn % len(inputs)]
+            return baseline.advantages(rewards, weights, groups, **options)
+
+        return "many", f"snr-optim {name}", f"{num} outputs", call
+
+    return [
+        case("group", group, GROUP),
+        case("shrink", shrink, GROUP),
+        case("shrink, update", shrink, GROUP, update=True),
+        case("shrink, scattered ids", shrink, ids),
+    ]
+
+
+def measure(call: Callable[[int], Tensor], device: torch.device, seconds: float) -> Iterator[Row]:
+    timing = time_calls(call, device, seconds=seconds)
+    yield {
+        "ms": timing.median, "low": timing.low, "high": timing.high, "calls": timing.calls, "host_ms": timing.host,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, help="4096")
+    parser.add_argument("--length", type=int, help="1024")
+    parser.add_argument("--many", type=int, help="outputs, in the test of many: 1048576")
+    parser.add_argument("--seconds", type=float, help="to spend on each: 3")
+    args = parse_arguments(parser, "baseline_speed")
+    num, length, most = SIZES[args.sizes]
+    num, length, most = args.batch or num, args.length or length, args.many or most
+    seconds = SECONDS[args.sizes] if args.seconds is None else args.seconds
+    origin = environment(args.device)
+    rows: list[Row] = []
+    cases = [*of_a_batch(num, length, args.device), *of_many(most, args.device)]
     with progress(len(cases)) as report:
-        for what, name, of_size, call in cases:
-            timing = time_calls(lambda _, call=call: call(), device, seconds=args.seconds)
-            rows.append(
-                {"what": what, "implementation": name, "size": of_size, "ms": timing.median, "low": timing.low,
-                 "high": timing.high, "calls": timing.calls}
-            )  # fmt: skip
+        for what, name, size, call in cases:
+            about = {"what": what, "implementation": name, "size": size}
+            rows += attempt(about, measure(call, args.device, seconds), args.device)
+            of_verl = [row for row in rows if row["what"] == what and row["implementation"] == "verl" and "ms" in row]
+            if of_verl and "ms" in rows[-1]:
+                rows[-1]["times_faster"] = of_verl[0]["ms"] / rows[-1]["ms"]
+            write_json(args.json, "baseline_speed", origin, rows=rows)
             report(f"{what} {name}")
-    for row in rows:
-        theirs = [other["ms"] for other in rows if other["what"] == row["what"] and other["implementation"] == "verl"]
-        row["times_faster"] = theirs[0] / row["ms"] if theirs else None
-    write_json(args.out / "baseline_speed.json", "baseline_speed", origin, rows=rows)
-    print_table(rows, COLUMNS)
+    conclude(rows, COLUMNS, lambda row: row["implementation"].startswith("snr-optim"))
 
 
 if __name__ == "__main__":

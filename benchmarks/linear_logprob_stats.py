@@ -22,7 +22,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +31,15 @@ from benchmarks import logprob_stats
 from benchmarks.harness import (
     Limits,
     Row,
+    attempt,
+    conclude,
     copies,
     environment,
+    left_out,
     measure_limits,
     mebibytes,
+    parse_arguments,
     peak_memory,
-    print_table,
     progress,
     time_calls,
     version,
@@ -53,12 +55,13 @@ from snr_optim.kernels.logprob_stats import LogprobStats
 
 NAME = "linear_logprob_stats"
 ALL = LogprobStats._fields
-COLUMNS = ["dtype", "width", "outputs", "implementation", "pass", "ms", "of_limit"]
+COLUMNS = ["dtype", "width", "outputs", "implementation", "pass", "ms", "host_ms", "of_limit"]
 COLUMNS += ["peak_mib", "extra_mib", "worst_error", "gradient_error", "refused"]
-DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16"]}
-ROWS = {"cpu": 1024, "cuda": 8192}
-WIDTHS = {"cpu": [1024], "cuda": [2560, 4096]}
-VOCAB = {"cpu": 32_000, "cuda": 151_936}
+DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16"], "small": ["bfloat16"]}
+ROWS = {"cpu": 1024, "cuda": 8192, "small": 15}
+WIDTHS = {"cpu": [1024], "cuda": [2560, 4096], "small": [16]}
+VOCAB = {"cpu": 32_000, "cuda": 151_936, "small": 300}
+SECONDS = {"cpu": 1.0, "cuda": 1.0, "small": 0.0}
 SLABS = {"cpu": (8 << 20, 128 << 20), "cuda": (128 << 20, 4 << 30)}  # an eighth of the default, and all logits
 CHECKED = slice(None, None, 7)  # rows that are compared with float64: of every chunk, confident and not
 
@@ -166,8 +169,8 @@ def verl(device: torch.device) -> list[Implementation]:
     try:
         from verl.utils.experimental.torch_functional import FusedLinearForPPO
         from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
-    except ImportError:
-        return []
+    except Exception as error:  # one that is there, but not for this torch, fails in its own way
+        return left_out("verl", error)
     name, chunked = f"verl {version('verl')}", FusedLinearForPPO()
     found = [Implementation(name, ENTROPY, chunked)]
     if device.type == "cuda":
@@ -183,8 +186,8 @@ def trl() -> list[Implementation]:
     try:
         from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-    except ImportError:
-        return []
+    except Exception as error:
+        return left_out("trl", error)
     if not {"entropy", "log_sum_sq_probs"} <= set(OPTIONAL_OUTPUTS):
         return []
 
@@ -215,8 +218,8 @@ def liger(device: torch.device) -> list[Implementation]:
         from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
         from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-    except ImportError:
-        return []
+    except Exception as error:
+        return left_out("liger-kernel", error)
 
     def chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         return (LigerFusedLinearPPOBase.chunk_forward(hidden[None], weight, labels[None])[0],)
@@ -243,8 +246,8 @@ def cut_cross_entropy(device: torch.device) -> list[Implementation]:
     """
     try:
         from cut_cross_entropy import linear_cross_entropy
-    except ImportError:
-        return []
+    except Exception as error:
+        return left_out("cut-cross-entropy", error)
 
     def implementation(variant: str, **options: Any) -> Implementation:
         def call(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -321,18 +324,14 @@ def errors(which: Implementation, data: Data, truth: Truth) -> tuple[float, floa
 
 # ------------------------------------------------------------------------------------------------------ measurement
 def measure(which: Implementation, data: Data, truth: Truth, limits: Limits, seconds: float) -> list[Row]:
-    """A row per pass, or one that says why there are none."""
+    """A row per pass, and one that says why there are no more."""
     (rows, width), vocab = data.hidden.shape, len(data.weight)
     about: Row = {
         "dtype": str(data.hidden.dtype).removeprefix("torch."), "rows": rows, "width": width, "vocab": vocab,
         "outputs": len(which.task.outputs), "names": list(which.task.outputs),
         "constants": list(which.task.constants), "implementation": which.name,
     }  # fmt: skip
-    try:
-        return [about | row for row in rows_of(which, data, truth, limits, seconds)]
-    except Exception as error:  # peers refuse in their own ways; memory may not suffice
-        reason = str(error).strip().split("\n")[0]
-        return [about | {"refused": f"{type(error).__name__}: {reason}"[:120]}]
+    return attempt(about, rows_of(which, data, truth, limits, seconds), data.hidden.device)
 
 
 def rows_of(which: Implementation, data: Data, truth: Truth, limits: Limits, seconds: float) -> Iterator[Row]:
@@ -350,8 +349,9 @@ def rows_of(which: Implementation, data: Data, truth: Truth, limits: Limits, sec
         cost = cost_of(name, data)
         yield {
             "pass": name, "ms": timing.median, "ms_20": timing.low, "ms_80": timing.high, "calls": timing.calls,
-            "of_limit": 1e3 * cost.flops / limits.matmul / timing.median, "bytes": cost.bytes, "flops": cost.flops,
-            "peak_mib": mebibytes(peak), "extra_mib": mebibytes(None if peak is None else peak - gradients),
+            "host_ms": timing.host, "of_limit": 1e3 * cost.flops / limits.matmul / timing.median, "bytes": cost.bytes,
+            "flops": cost.flops, "peak_mib": mebibytes(peak),
+            "extra_mib": mebibytes(None if peak is None else peak - gradients),
             "worst_error": None if gradients else worst, "gradient_error": gradient if gradients else None,
         }  # fmt: skip
 
@@ -364,18 +364,17 @@ def cost_of(name: str, data: Data) -> Cost:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", type=int, help="tokens: 8192 on a GPU, 1024 on a CPU")
     parser.add_argument("--widths", type=int, nargs="+", help="of the hidden states: 2560 and 4096, or 1024")
     parser.add_argument("--vocab", type=int, help="151936 on a GPU, 32000 on a CPU")
     parser.add_argument("--dtypes", nargs="+", help="bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timing per pass")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help=f"folder of {NAME}.json")
-    args = parser.parse_args()
-    kind = args.device.type
+    parser.add_argument("--seconds", type=float, help="of timing per pass: 1")
+    args = parse_arguments(parser, NAME)
+    kind = args.sizes
+    seconds = SECONDS[kind] if args.seconds is None else args.seconds
     rows, vocab = args.rows or ROWS[kind], args.vocab or VOCAB[kind]
     shapes = list(itertools.product(args.dtypes or DTYPES[kind], args.widths or WIDTHS[kind]))
-    where, limits = environment(args.device), measure_limits(args.device)
+    where, limits = environment(args.device), measure_limits(args.device, kind)
     measured: list[Row] = []
     found = {dtype: implementations(args.device, getattr(torch, dtype)) for dtype, _ in shapes}
     with progress(sum(len(found[dtype]) for dtype, _ in shapes)) as done:
@@ -385,12 +384,12 @@ def main() -> None:
             for task, group in itertools.groupby(found[dtype], lambda which: which.task):
                 truth = truth_of(task, data)
                 for which in group:
-                    measured += measure(which, data, truth, limits, args.seconds)
-                    write_json(args.out / f"{NAME}.json", NAME, where, limits=limits, rows=measured)
+                    measured += measure(which, data, truth, limits, seconds)
+                    write_json(args.json, NAME, where, limits=limits, rows=measured)
                     done(f"{dtype} {width} {', '.join(task.outputs)}: {which.name}")
                 del truth  # before the next takes as much
     print(f"{where['device']}: copy {limits.bandwidth / 1e9:,.0f} GB/s, matmul {limits.matmul / 1e12:,.2f} TFLOP/s")
-    print_table(measured, COLUMNS)
+    conclude(measured, COLUMNS, lambda row: row["implementation"].startswith("snr-optim"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,13 +21,17 @@ from torch import Tensor
 from benchmarks.harness import (
     Limits,
     Row,
+    Timing,
+    attempt,
+    conclude,
     copies,
     draw_roofline,
     environment,
+    left_out,
     measure_limits,
     mebibytes,
+    parse_arguments,
     peak_memory,
-    print_table,
     progress,
     time_calls,
     version,
@@ -36,8 +40,23 @@ from benchmarks.harness import (
 from snr_optim.kernels._launch import Cost
 from snr_optim.kernels.logprob_stats import LogprobStats, logprob_stats, logprob_stats_cost, logprob_stats_reference
 
+NAME = "logprob_stats"
 ALL = LogprobStats._fields
-COLUMNS = ["dtype", "outputs", "implementation", "pass", "ms", "of_limit", "peak_mib", "worst_error"]
+COLUMNS = [
+    "dtype",
+    "outputs",
+    "implementation",
+    "pass",
+    "ms",
+    "host_ms",
+    "of_limit",
+    "peak_mib",
+    "worst_error",
+    "refused",
+]
+ROWS = {"cpu": 512, "cuda": 8192, "small": 4}
+VOCAB = {"cpu": 151_936, "cuda": 151_936, "small": 300}
+SECONDS = {"cpu": 1.0, "cuda": 1.0, "small": 0.0}
 
 
 class Implementation(NamedTuple):
@@ -80,8 +99,8 @@ def implementations(device: torch.device) -> list[Implementation]:
 def verl() -> list[Implementation]:
     try:
         import verl.utils.torch_functional as F
-    except ImportError:
-        return []
+    except Exception as error:  # one that is there, but not for this torch, fails in its own way
+        return left_out("verl", error)
 
     def call(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         log_prob = F.logprobs_from_logits(logits, labels, inplace_backward=False)
@@ -97,8 +116,8 @@ def verl() -> list[Implementation]:
 def trl() -> list[Implementation]:
     try:
         from trl.trainer.utils import selective_log_softmax, selective_log_softmax_and_entropy
-    except ImportError:
-        return []
+    except Exception as error:
+        return left_out("trl", error)
     name = f"trl {version('trl')}"
     return [
         Implementation(name, ALL[:1], lambda *a: (selective_log_softmax(*a),)),
@@ -109,8 +128,8 @@ def trl() -> list[Implementation]:
 def liger() -> list[Implementation]:
     try:
         from liger_kernel.transformers.functional import liger_cross_entropy
-    except ImportError:
-        return []
+    except Exception as error:
+        return left_out("liger-kernel", error)
 
     def call(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         return (-liger_cross_entropy(logits, labels, reduction="none"),)
@@ -121,8 +140,8 @@ def liger() -> list[Implementation]:
 def flash_attn() -> list[Implementation]:
     try:
         from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
-    except ImportError:
-        return []
+    except Exception as error:
+        return left_out("flash-attn", error)
 
     def call(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         return (-cross_entropy_loss(logits, labels)[0],)
@@ -143,16 +162,32 @@ def make_data(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -
 
 
 def worst_error(which: Implementation, logits: Tensor, labels: Tensor, rows: int = 16) -> float:
-    """Largest relative error against float64, over the outputs and the first rows."""
+    """Largest relative error against float64, over the outputs and the first rows.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
     some, index = logits[:rows].clone(), labels[:rows]
     reference = logprob_stats_reference(some, index)
     with torch.no_grad():
         got = dict(zip(which.outputs, which.call(some, index), strict=True))
     errors = [(value.double() - getattr(reference, name)) / getattr(reference, name) for name, value in got.items()]
-    return torch.stack([error.abs().max() for error in errors]).max().item()  # NaN if any is
+    worst = torch.stack([error.abs().max() for error in errors]).max().item()  # NaN if any is
+    if not math.isfinite(worst):
+        raise FloatingPointError("results that are not finite")
+    return worst
 
 
 def measure(which: Implementation, logits: Tensor, labels: Tensor, limits: Limits, seconds: float) -> list[Row]:
+    """A row per pass, and one that says why there are no more."""
+    about: Row = {
+        "dtype": str(logits.dtype).removeprefix("torch."), "shape": list(logits.shape),
+        "outputs": len(which.outputs), "names": list(which.outputs), "implementation": which.name,
+    }  # fmt: skip
+    return attempt(about, rows_of(which, logits, labels, limits, seconds), logits.device)
+
+
+def rows_of(which: Implementation, logits: Tensor, labels: Tensor, limits: Limits, seconds: float) -> Iterator[Row]:
     device, error = logits.device, worst_error(which, logits, labels)
     inputs = [logits.clone().requires_grad_() for _ in range(copies(logits.nbytes))]
     gradients = [torch.randn(len(labels), device=device) for _ in which.outputs]
@@ -168,27 +203,22 @@ def measure(which: Implementation, logits: Tensor, labels: Tensor, limits: Limit
     def differentiate(values: tuple[Tensor, ...], leaf: Tensor, **options: bool) -> None:
         torch.autograd.grad(values, leaf, [g.to(v.dtype) for g, v in zip(gradients, values, strict=True)], **options)
 
-    peaks = {"forward": peak_memory(forward, device), "forward+backward": peak_memory(both, device)}
-    timings = {
-        "forward": time_calls(forward, device, seconds=seconds),
-        "forward+backward": time_calls(both, device, seconds=seconds),
-    }
+    def row(name: str, timing: Timing, peak: int | None = None) -> Row:
+        cost = cost_of(name, logits, which.outputs)
+        return {
+            "pass": name, "ms": timing.median, "ms_20": timing.low, "ms_80": timing.high, "calls": timing.calls,
+            "host_ms": timing.host, "of_limit": limits.seconds(cost) * 1e3 / timing.median, "bytes": cost.bytes,
+            "flops": cost.flops, "peak_mib": mebibytes(peak), "worst_error": error if name == "forward" else None,
+        }  # fmt: skip
+
+    for name, call in {"forward": forward, "forward+backward": both}.items():
+        call()  # compiled now, and tuned: neither is what it takes
+        peak = peak_memory(call, device)
+        yield row(name, time_calls(call, device, seconds=seconds), peak)
     if not which.graph_once:  # one graph, as peers keep copies of the logits in theirs
         values = which.call(inputs[0], labels)
-        timings["backward"] = time_calls(
-            lambda _: differentiate(values, inputs[0], retain_graph=True), device, seconds=seconds
-        )
-    rows = []
-    for name, timing in timings.items():
-        cost = cost_of(name, logits, which.outputs)
-        rows.append({
-            "dtype": str(logits.dtype).removeprefix("torch."), "shape": list(logits.shape),
-            "outputs": len(which.outputs), "names": list(which.outputs), "implementation": which.name, "pass": name,
-            "ms": timing.median, "ms_20": timing.low, "ms_80": timing.high, "calls": timing.calls,
-            "of_limit": limits.seconds(cost) * 1e3 / timing.median, "bytes": cost.bytes, "flops": cost.flops,
-            "peak_mib": mebibytes(peaks.get(name)), "worst_error": error if name == "forward" else None,
-        })  # fmt: skip
-    return rows
+        timing = time_calls(lambda _: differentiate(values, inputs[0], retain_graph=True), device, seconds=seconds)
+        yield row("backward", timing)
 
 
 def cost_of(name: str, logits: Tensor, outputs: tuple[str, ...]) -> Cost:
@@ -201,30 +231,29 @@ def cost_of(name: str, logits: Tensor, outputs: tuple[str, ...]) -> Cost:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", type=int, help="8192 on a GPU, 512 on a CPU")
-    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--vocab", type=int, help="151936")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timing per pass")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of logprob_stats.json")
+    parser.add_argument("--seconds", type=float, help="of timing per pass: 1")
     parser.add_argument("--plot", type=Path, help="picture of the roofline")
-    args = parser.parse_args()
-    rows = args.rows or (8192 if args.device.type == "cuda" else 512)
-    where, limits = environment(args.device), measure_limits(args.device)
+    args = parse_arguments(parser, NAME)
+    rows, vocab = args.rows or ROWS[args.sizes], args.vocab or VOCAB[args.sizes]
+    seconds = SECONDS[args.sizes] if args.seconds is None else args.seconds
+    where, limits = environment(args.device), measure_limits(args.device, args.sizes)
     measured: list[Row] = []
     found = implementations(args.device)
     with progress(len(found) * len(args.dtypes)) as done:
         for dtype in args.dtypes:
-            logits, labels = make_data(rows, args.vocab, getattr(torch, dtype), args.device)
+            logits, labels = make_data(rows, vocab, getattr(torch, dtype), args.device)
             for which in found:
-                measured += measure(which, logits, labels, limits, args.seconds)
+                measured += measure(which, logits, labels, limits, seconds)
+                write_json(args.json, NAME, where, limits=limits, rows=measured)
                 done(f"{dtype} {', '.join(which.outputs)}: {which.name}")
     name = where["device"]
     print(f"{name}: copy {limits.bandwidth / 1e9:,.0f} GB/s, matmul {limits.matmul / 1e12:,.2f} TFLOP/s")
-    print_table(measured, COLUMNS)
-    write_json(args.out / "logprob_stats.json", "logprob_stats", where, limits=limits, rows=measured)
     if args.plot:
-        draw(args.plot, f"{name}, {rows} x {args.vocab:,}", limits, measured)
+        draw(args.plot, f"{name}, {rows} x {vocab:,}", limits, [row for row in measured if "ms" in row])
+    conclude(measured, COLUMNS, lambda row: row["implementation"] == "snr-optim")
 
 
 def draw(path: Path, title: str, limits: Limits, measured: list[Row]) -> None:

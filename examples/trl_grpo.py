@@ -290,6 +290,9 @@ def main() -> None:
             f"{args.method}: reward {result['final_reward']:.3f}, mean of the last {min(LAST, result['steps'])} steps; "
             f"metrics, summary and model in {args.out}"
         )
+    # Only where all ranks have come here: the first of them writes while the others have nothing left to do.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

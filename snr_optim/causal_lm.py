@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from snr_optim.after_head import AfterHead, Scaling, Trial, expect_outcome, logits_of, stand_in
 from snr_optim.kernels._launch import Impl, expect_integers
 from snr_optim.kernels.linear_logprob_stats import linear_logprob_stats
 from snr_optim.kernels.logprob_stats import LogprobStats
 from snr_optim.per_sample.hooks import unobserved
 
 IGNORE_INDEX = -100
-PROBES = (-40.0, -1.0, 1.0, 40.0)  # in place of logits, to see what the model makes of them
 
 
 def model_logprob_stats(
@@ -42,9 +42,15 @@ def model_logprob_stats(
     The model is called as ever, with its head replaced for this one call: hidden states of tokens that are to be
     predicted, and only those, go to `linear_logprob_stats` with the head's weights. Tied and untied heads, biases,
     ``final_logit_softcapping`` (Gemma), ``logit_scale`` (Cohere), ``logits_scaling`` (Granite) and
-    ``lm_head_multiplier`` (Falcon-H1) are those of the model, and so is ``unpadded_vocab_size``. What else a model does
-    to its logits, each by itself, is noticed by what it makes of four numbers in their place, and refused; what it does
-    to some words only cannot be seen. What a model adds to its loss (a router's, for one) is not in the result.
+    ``lm_head_multiplier`` (Falcon-H1) are those of the model, and so is ``unpadded_vocab_size``.
+
+    What else the model or hooks do to the logits is tried out on a few columns for every row, and on all words for a
+    row, in each call, while the layers only repeat what they returned. Factors of rows (a temperature for each
+    sequence, by a hook) and masks of words (padding of the vocabulary, image tokens) are then taken over; anything else
+    is refused. What cannot be seen: what is done to single words in single rows; what depends on several logits, unless
+    it shows on two rows of numbers; and where words are looked up by their numbers, what differs among the positions of
+    a sequence. Hooks of the head, of the model and of what wraps it run three times more, on such numbers. What a model
+    adds to its loss (a router's, for one) is not in the result.
 
     While it runs, no other thread may call the model. Checkpoint layers, or this call, but not the model within it.
 
@@ -72,7 +78,8 @@ def model_logprob_stats(
         ValueError: shapes that disagree, labels that are neither ``input_ids`` nor -100, and what
             `linear_logprob_stats` raises.
         RuntimeError: a model that is compiled as a whole, that does not call its head once, that changes its logits in
-            other ways than those above, or that has another number of words than its config says. In a block of
+            other ways than those above (or by a factor that bfloat16 does not show to the last digit: pass it as
+            ``temperature``), or that has another number of words than its config says. In a block of
             `PerSampleGradNorms` that measures the head, its backward pass: leave the head out by ``parameters=``, and
             add `head_grad_norms`.
 
@@ -100,13 +107,15 @@ def model_logprob_stats(
         "outputs": outputs, "slab_bytes": slab_bytes, "logits_dtype": logits_dtype, "impl": impl, **scaling._asdict()
     }  # fmt: skip
     predicted = torch.cat([torch.zeros_like(labels[:, :1], dtype=torch.bool), labels[:, 1:] != IGNORE_INDEX], dim=1)
+    given = {"input_ids": input_ids, "use_cache": False} | inputs
+    trial = Trial(model, language_model, head, given)
     found: list[Tensor] | None = None
-    made_in = torch.float32
+    after, instead = AfterHead(None, words, None, False), input_ids.new_zeros(0)
 
     def statistics(input: Tensor) -> Tensor:
         """In place of the head's forward: statistics to ``found``, and something to go on with to the model."""
-        nonlocal found, made_in
-        hidden, made_in = input, input.dtype
+        nonlocal found, after, instead
+        hidden = input
         if found is not None:
             raise RuntimeError(f"model: {type(language_model).__name__} calls its output head more than once")
         if hidden.shape[:-1] != labels.shape:
@@ -114,25 +123,29 @@ def model_logprob_stats(
                 f"model: expected its head to be given all of [B, T] = {list(labels.shape)}, got {list(hidden.shape)}; "
                 "leave out logits_to_keep"
             )
+        if labels.numel():
+            after = trial.outcome(hidden, words, scaling)
         where, device = predicted.to(hidden.device), hidden.device
+        before = where.roll(-1, 1)  # the states before; the first column, False, comes last
+        divisor = temperature
+        if isinstance(temperature, Tensor) and temperature.dim():
+            divisor = temperature.to(device)[where]
+        if after.factors is not None:
+            divisor = divisor / after.factors.to(device, torch.promote_types(hidden.dtype, torch.float32))[before]
+        size, bias = _left_of(head, after, scaling)
         stats = linear_logprob_stats(
-            hidden[where.roll(-1, 1)],  # the states before; the first column, False, comes last
-            head.weight[:words],
-            labels.to(device)[where],
-            temperature.to(device)[where] if isinstance(temperature, Tensor) and temperature.dim() else temperature,
-            None if head.bias is None else head.bias[:words],
-            **options,
+            hidden[before], head.weight[:size], labels.to(device)[where], divisor, bias, **options
         )
         found = [x.new_zeros(labels.shape).masked_scatter(where, x) for x in stats if x is not None]
-        instead = hidden.new_tensor([PROBES]).expand(*labels.shape, len(PROBES))
+        instead = stand_in(hidden, head, after)
         return _Instead.apply(instead, *found)  # type: ignore[no-untyped-call, no-any-return]
 
-    with replaced_forward(head, statistics):
-        returned = model(input_ids=input_ids, **{"use_cache": False} | inputs)
+    with trial.recording(), replaced_forward(head, statistics):
+        returned = model(**given)
     if found is None:
         raise RuntimeError(f"model: {type(language_model).__name__} returned without a call of its output head")
-    logits = returned.logits if hasattr(returned, "logits") else returned[0]
-    scaling.expect(logits, labels, made_in)
+    logits = logits_of(returned)
+    expect_outcome(logits, instead, labels.shape, after, scaling)
     values = iter(_Joined.apply(logits, *found))  # type: ignore[no-untyped-call]
     asked = [next(values) if name in outputs else None for name in LogprobStats._fields]  # in this order
     return LogprobStats(*cast("list[Tensor]", asked))
@@ -151,45 +164,6 @@ def _expect_ids(input_ids: Tensor, labels: Tensor) -> None:
         raise ValueError("labels: expected input_ids, not shifted, with -100 where nothing is to be said")
 
 
-class Scaling(NamedTuple):
-    """What a model makes of its logits: ``softcap tanh(scale x / softcap)``, or ``scale x``."""
-
-    softcap: float | None
-    scale: float
-
-    @staticmethod
-    def of(config: Any) -> Scaling:
-        """By the names that Hugging Face's models have for it in their configurations."""
-        names = ("final_logit_softcapping", "logit_scale", "lm_head_multiplier", "logits_scaling")
-        softcap, *factors = (getattr(config, name, None) for name in names)
-        for name, factor in zip(names, (softcap, *factors), strict=True):
-            if factor is not None and not isinstance(factor, (int, float)):
-                raise RuntimeError(f"model: expected config.{name} to be a number, got {factor!r}")
-        scale, multiplier, divisor = (1.0 if factor is None else float(factor) for factor in factors)
-        return Scaling(softcap, scale * multiplier / divisor)
-
-    def expect(self, logits: Tensor, labels: Tensor, made_in: torch.dtype) -> None:
-        """Raise a RuntimeError unless the model made of the `PROBES`, in this dtype, what it should."""
-        expected = self.scale * torch.tensor(PROBES, dtype=torch.float64, device="cpu")
-        if self.softcap is not None:
-            expected = self.softcap * torch.tanh(expected / self.softcap)
-        shape = (*labels.shape, len(PROBES))
-        if logits.shape != shape:
-            raise RuntimeError(
-                f"model: expected it to return what its head does, {list(shape)}, got {list(logits.shape)}"
-            )
-        if not labels.numel():
-            return
-        got, tolerance = logits[0, -1].detach().cpu().double(), max(1e-6, 2 * torch.finfo(made_in).eps)
-        if not torch.allclose(got, expected, rtol=tolerance, atol=0.0):
-            wanted, found = ([round(x, 4) for x in values.tolist()] for values in (expected, got))
-            raise RuntimeError(
-                f"model: expected {wanted} for logits of {list(PROBES)} (softcap {self.softcap}, scale {self.scale:g}, "
-                f"by its config), got {found}: it does something else to its logits; "
-                "linear_logprob_stats takes softcap= and scale="
-            )
-
-
 def text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -202,6 +176,22 @@ def vocabulary(head: nn.Linear, config: Any) -> int:
     if words > head.out_features or known not in (None, words, head.out_features):
         raise RuntimeError(f"model: its head has {head.out_features} words, its config {known or words}")
     return int(words)
+
+
+def _left_of(head: nn.Linear, after: AfterHead, scaling: Scaling) -> tuple[int, Tensor | None]:
+    """How many rows of the head to take, and a bias that masks those among them that the model masks."""
+    size = after.words
+    possible = after.possible
+    if possible is not None:
+        size = int(possible.nonzero()[-1]) + 1  # padding comes last
+        possible = possible[:size]
+    bias = None if head.bias is None else head.bias[:size]
+    if possible is None or possible.all():
+        return size, bias
+    if scaling.softcap is not None:
+        raise RuntimeError("model: it masks words after a softcap, which linear_logprob_stats cannot")
+    bias = head.weight.new_zeros(size) if bias is None else bias
+    return size, bias.masked_fill(~possible.to(bias.device), -torch.inf)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

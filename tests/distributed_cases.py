@@ -6,7 +6,6 @@ Rank ``r``, micro-batch ``k`` has the gradient ``g_rk`` that one process compute
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import warnings
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import leave_together
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -133,6 +133,31 @@ def ddp_checkpointed():
         del model.spare  # DDP allows no unused parameters with reentrant checkpoints
         model.spare = None
         train(DistributedDataParallel(model), deferred=True)
+
+
+def ddp_parameters_of_others():
+    """A parameter of nobody's optimizer has the first gradient, and a watched one is not used: DDP divides its view."""
+    for as_view in (False, True):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("first", "sometimes", "others")}).double()
+        model.forward = lambda x, k, layers=model: layers["first"](x) + layers["sometimes" if k == 0 else "others"](x)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=as_view)
+        ours = [*model["first"].parameters(), *model["sometimes"].parameters()]
+        optimizer = torch.optim.SGD(ours, lr=0.1)
+        scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
+        handle, gradients = scheduler.attach(wrapped), []
+        for k in range(2):
+            mine = None
+            for rank in range(dist.get_world_size()):
+                x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * rank + k))
+                found = torch.autograd.grad(model(x, k).square().mean(), ours, allow_unused=True)
+                gradients.append([None if g is None else g.clone() for g in found])
+                mine = x if rank == dist.get_rank() else mine
+            wrapped(mine, k).square().mean().backward()
+        optimizer.step()
+        reference = GradientMoments.from_gradients(gradients)
+        assert float(handle.moments.batch_snr) == pytest.approx(reference.batch_snr, rel=REL)
+        assert scheduler.metrics()["observations"] == 1
 
 
 def foreign_hooks():
@@ -513,6 +538,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
     globals()[sys.argv[1]]()
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # threads of gloo and DDP that still run abort the interpreter's own way out, now and then
+    leave_together()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
@@ -58,6 +63,31 @@ def language_model(name):
             if parameter.dim() == 1 or parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+class Float64Torch:
+    """The module ``torch`` for the code of a model: float64 where that code names float32."""
+
+    float = float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@contextmanager
+def float64_throughout():
+    """The models compute in float64 all that they are asked for in float64.
+
+    Otherwise their norms, rotary embeddings and softmax attention go through float32. How those sums and cosines are
+    rounded depends on the length of the rows, on where in a tensor a number stands and on the vector unit, so that a
+    packed and a padded batch would agree to ten digits on some machines and to six on others.
+    """
+    kinds = [MODEL_FOR_CAUSAL_LM_MAPPING[type(make())] for make in (CONFIGS | SCALED).values()]
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.double))
+        for code in {sys.modules[kind.__module__] for kind in kinds}:
+            patches.enter_context(mock.patch.object(code, "torch", Float64Torch()))
+        yield
 
 
 def padded_batch(lengths, seed=0):

@@ -35,7 +35,7 @@ def test_inputs_are_taken_in_turn():
 def test_the_bench_writes_its_origin_and_finds_the_cancellation(tmp_path, monkeypatch, capsys):
     plain = logprob_stats.Implementation("plain", logprob_stats.ALL, logprob_stats.plain)
     monkeypatch.setattr(logprob_stats, "implementations", lambda _: [logprob_stats.ours(plain.outputs), plain])
-    monkeypatch.setattr(logprob_stats, "measure_limits", lambda _: harness.Limits(1e9, 1e12))
+    monkeypatch.setattr(logprob_stats, "measure_limits", lambda *_: harness.Limits(1e9, 1e12))
     monkeypatch.setattr(harness, "LAST_LEVEL_CACHE", 1 << 16)
     options = ["--rows", "16", "--vocab", "4096", "--seconds", "0", "--dtypes", "float32", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["bench", *options, "--out", str(tmp_path), "--plot", str(tmp_path / "p.png")])

@@ -340,7 +340,7 @@ def test_bad_input_is_named(change, error, names):
 
 
 def test_the_bench_agrees_with_the_peers_that_are_there(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "measure_limits", lambda _: harness.Limits(1e9, 1e12))
+    monkeypatch.setattr(bench, "measure_limits", lambda *_: harness.Limits(1e9, 1e12))
     monkeypatch.setattr(harness, "LAST_LEVEL_CACHE", 1 << 12)
     options = ["--device", "cpu", "--batches", "2x9", "--layers", "8x12", "12x8", "--methods", "gram", "direct"]
     monkeypatch.setattr(sys, "argv", ["bench", *options, "--seconds", "0", "--out", str(tmp_path)])

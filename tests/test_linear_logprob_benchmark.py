@@ -55,7 +55,7 @@ def test_the_command_line_writes_a_row_per_pass_and_says_who_refused(tmp_path, m
         return [*bench.ours(bench.EVERYTHING, device, dtype), plain, plain._replace(name="peer", call=refuse)]
 
     monkeypatch.setattr(bench, "implementations", chosen)
-    monkeypatch.setattr(bench, "measure_limits", lambda _: harness.Limits(1e9, 1e12))
+    monkeypatch.setattr(bench, "measure_limits", lambda *_: harness.Limits(1e9, 1e12))
     monkeypatch.setattr(harness, "LAST_LEVEL_CACHE", 1 << 16)
     options = ["--rows", "30", "--widths", "64", "--vocab", "500", "--dtypes", "float32", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["bench", *options, "--seconds", "0", "--out", str(tmp_path)])

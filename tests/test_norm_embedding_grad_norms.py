@@ -165,7 +165,8 @@ def test_a_nan_of_an_embedding_stays_within_its_sequence(impl):
     g[150] = float("nan")
     got = embedding_grad_norms(ids, g, cu_seqlens, impl=impl)
     assert got.isnan().tolist() == [False, True, False]
-    assert torch.equal(got[::2], healthy[::2])
+    any_order = impl == "torch" and DEVICE == "cuda"  # of index_add_ there
+    assert (torch.allclose if any_order else torch.equal)(got[::2], healthy[::2])
 
 
 # -------------------------------------------------------------------------------------------------------------- both

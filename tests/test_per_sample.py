@@ -30,7 +30,7 @@ def log_prob_sum(model, batch):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("chunk_size", [None, 2])
-def test_norms_of_a_qwen3_equal_a_loop_over_samples(tied, chunk_size):
+def test_norms_of_a_qwen3_equal_a_loop_over_samples(tied, chunk_size, float64):
     model = qwen3(tied)
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     mask = torch.ones(5, 7, dtype=torch.long)

@@ -94,7 +94,7 @@ def test_checkpointing(use_reentrant, calls):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointed_language_model(use_reentrant):
+def test_checkpointed_language_model(use_reentrant, float64):
     model, batch = language_model("qwen3").double(), padded_batch(LENGTHS)
     true = per_sample_grad_norms_func(model, log_prob_sum, batch)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -133,7 +133,7 @@ def test_checkpoints_keep_no_activation_alive():
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "lora-qwen3"])
-def test_a_backward_pass_for_norms_alone_computes_no_weight_gradient(name):
+def test_a_backward_pass_for_norms_alone_computes_no_weight_gradient(name, float64):
     model, batch = language_model(name).double(), padded_batch(LENGTHS)
     true = per_sample_grad_norms_func(model, log_prob_sum, batch)
     norms = PerSampleGradNorms(model)
@@ -161,7 +161,7 @@ def test_norms_alone_reach_what_stands_on_inputs_that_want_a_gradient():
 
 
 @pytest.mark.parametrize("part", ["norm", "layers.1", "q_proj", "embed", "lm_head"])
-def test_norms_alone_of_a_part(part):
+def test_norms_alone_of_a_part(part, float64):
     model, batch = language_model("qwen3-untied").double(), padded_batch(LENGTHS)
     norms = PerSampleGradNorms(model, parameters=lambda name: part in name)
     with norms.sequences(batch_size=B):
@@ -171,7 +171,7 @@ def test_norms_alone_of_a_part(part):
     assert torch.allclose(norms.squared(), per_sample_grad_norms_func(model, log_prob_sum, batch), rtol=1e-10)
 
 
-def test_micro_batches_and_accumulated_gradients():
+def test_micro_batches_and_accumulated_gradients(float64):
     model, batch = language_model("qwen3").double(), padded_batch(LENGTHS)
     norms, found = PerSampleGradNorms(model), []
     for part in torch.arange(B).split(2):
@@ -326,7 +326,7 @@ def test_residuals_that_are_added_in_place_under_autocast():
 
 @pytest.mark.parametrize("groups", [2, torch.tensor([5, 1, 5, 1, 1, 2])])
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_several_sequences_as_one_unit(groups, is_packed):
+def test_several_sequences_as_one_unit(groups, is_packed, float64):
     model, batch = language_model("qwen3").double(), padded_batch(LENGTHS)
     ids = torch.arange(B) // 2 if isinstance(groups, int) else groups
     true = []
@@ -375,7 +375,7 @@ def test_what_the_loss_multiplied_log_probs_by_is_divided_out():
         norms.squared(torch.ones(B + 1))
 
 
-def test_parts_of_a_model():
+def test_parts_of_a_model(float64):
     model, batch = language_model("qwen3").double(), padded_batch(LENGTHS)
     norms = PerSampleGradNorms(model, parameters=lambda name: "norm" in name)
     with norms.sequences(batch_size=B):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import test_integrations_transformers
 import torch
 import torch.distributed as dist
+from ranks import leave_together
 from test_integrations_transformers import ACCUMULATED, trained, weights
 from trainers import tiny_qwen3
 from transformers import Trainer
@@ -91,4 +92,4 @@ if __name__ == "__main__":
             fully_shard(layer)
         test_integrations_transformers.Trainer = Sharding
         train("fsdp", fully_shard(model))
-    dist.destroy_process_group()
+    leave_together()

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import leave_together
 from torch.distributed.fsdp import fully_shard
 from trainers import tiny_qwen3
 from verl.utils import tensordict_utils as tu
@@ -189,4 +190,4 @@ if __name__ == "__main__":
     an_optimizer_of_torch_is_left_alone()
     what_cannot_be_measured_is_refused()
     Path(sys.argv[1], f"passed{dist.get_rank()}").touch()
-    dist.destroy_process_group()
+    leave_together()

@@ -47,9 +47,11 @@ class GradWeightedBaseline(nn.Module):
 
     In every scope ``b_i`` depends on other outputs and on the past, never on output ``i``, so
     ``(r_i - b_i) grad log pi(o_i)`` keeps its mean *exactly*, as long as the outputs of a batch are independent draws
-    and what is said of each depends on it alone: no row twice (padding), no reward relative to others of the group, no
-    NaN for outputs that were cut off because of what they are, no clipped ratios, no loss divided by the length of an
-    output.
+    and what is said of each depends on it alone: no row twice (padding), no rows of one rollout as outputs of their own
+    (pass the rollout, and repeat its advantage), no reward relative to others of the group, no NaN for outputs that
+    were cut off because of what they are, no clipped ratios, no loss divided by the length of an output. Prompts whose
+    rewards are all alike may be dropped or skipped in scope ``"group"``, where their advantages are 0, and must be kept
+    in the others.
 
     The weights choose the rest of the family:
 

@@ -26,6 +26,7 @@ class Block:
         self.layout, self.totals, self.survey, self.check = layout, totals, survey, check
         self._opaque = opaque  # parameters that their layer may use as often as it likes
         self.norms_alone = False  # no parameter gets a gradient
+        self.ran = False  # the backward pass for norms alone, whether or not it came to any layer
         self.reported: Counter[str] = Counter()  # uses of parameters, by their names
         self.lowest = torch.float64  # precision among the gradients
         self._backward: int | None = None  # the pass that is no checkpoint's
@@ -76,16 +77,28 @@ class Block:
             ids = tied(layer, layer.names[local]) if once else None
             self.totals.keep(layer.names[local], uses[local], None if ids is None else self.layout.cut_ids(ids))
 
-    def expect_every_use(self) -> None:
+    def expect_every_use(self, why_not_called: Callable[[str], str]) -> None:
         """Compare what the layers reported with what the graph holds.
+
+        Args:
+            why_not_called: what may be the reason that no layer reported a use of a parameter, by its name.
 
         Raises:
             RuntimeError: there was no backward pass, or a parameter is also used where no layer reports it.
         """
-        if self._backward is None:
-            raise RuntimeError("sequences: no backward pass through the model within the block")
+        if self._backward is None and not (self.ran and self.survey.uses):
+            raise RuntimeError(
+                "backward: log_prob_sum depends on none of the parameters that are measured"
+                if self.ran
+                else "sequences: no backward pass through the model within the block"
+            )
         for name, uses in self.survey.uses.items():
-            if not self.reported[name] or (uses != self.reported[name] and name not in self._opaque):
+            if not self.reported[name]:
+                raise RuntimeError(
+                    f"{name!r} is used {uses} times in the graph, and 0 times by the layers that own it: "
+                    f"{why_not_called(name)}. Leave it out by parameters="
+                )
+            if uses != self.reported[name] and name not in self._opaque:
                 raise RuntimeError(
                     f"{name!r} is used {uses} times in the graph, and {self.reported[name]} times by the layers that "
                     "own it: also elsewhere, by a functional call or a fused loss, where no hook sees it; "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from snr_optim.backward import current_backward, keeps_graph
+from snr_optim.per_sample.graph import mark_as_observed, observed_at, run_last
 
 
 class _Keep(torch.autograd.Function):
@@ -53,11 +54,16 @@ class Casts:
 class Observation:
     """A hook on the output of one call of a layer; it lives in the graph, and nowhere else.
 
+    It reports the gradient that goes on into the layer: after other hooks of the same tensor, which may change it, were
+    they registered before or after this one.
+
     Args:
         waiting: the calls of the layer whose gradient has not come yet.
         inputs: what the layer was given; None where its rule does not want it.
         on_gradient: called with this observation and the gradient of the output.
     """
+
+    changes_nothing = True  # so that two of them do not each want to be the last
 
     def __init__(
         self,
@@ -68,12 +74,33 @@ class Observation:
         self._on_gradient, self._waiting = on_gradient, waiting
         self._wants_inputs = inputs is not None
         self._node: Any = None
+        self._handle: Any = None
         if inputs is not None:
             self._node = _Keep.apply(inputs.detach(), _ANCHOR).grad_fn  # type: ignore[no-untyped-call]
         if current_backward() == -1:  # what a checkpoint recomputes is no further call: its first one waits already
             waiting.add(self)
 
+    def wait_at(self, output: Tensor) -> None:
+        """Hook the tensor."""
+        self._handle = output.register_hook(self)  # type: ignore[no-untyped-call]
+        mark_as_observed(output, self._handle)
+
     def __call__(self, gradient: Tensor) -> None:
+        if run_last(self._handle):
+            self._take(gradient)
+        else:  # others' hooks run after this call: hooks of the node come after all those of its tensors
+            self._take_later(torch._C._current_autograd_node())
+
+    def _take_later(self, node: Any) -> None:
+        number = next(n for n, handles in observed_at(node).items() if self._handle in handles)
+
+        def take(gradients: tuple[Tensor, ...]) -> None:
+            handle.remove()
+            self._take(gradients[number])
+
+        handle = node.register_prehook(take)
+
+    def _take(self, gradient: Tensor) -> None:
         self._on_gradient(self, gradient)
         if not keeps_graph():
             self._node = None

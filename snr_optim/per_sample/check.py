@@ -51,7 +51,8 @@ class GradientCheck:
         if difference > TOLERANCE.get(lowest, LOW_PRECISION) * size + rounding:  # False where either is NaN
             raise RuntimeError(
                 f"{name!r}: its gradient, of norm {float(size):.3g}, differs by {float(difference):.3g} from what "
-                "the layers that own it account for. Is it also used elsewhere, outside of a layer's own forward?"
+                "the layers that own it account for. Is it also used elsewhere, outside of a layer's own forward, or "
+                "does a hook of the parameter change it?"
             )
         if 0 < size < torch.inf:
             self._confirmed.add(name)

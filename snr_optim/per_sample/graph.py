@@ -9,14 +9,48 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils.hooks import RemovableHandle
 
-_OBSERVED = "snr_optim: which of the outputs of this node a hook waits at"
+_OBSERVED = "snr_optim: our hooks at the outputs of this node, by the number of the output"
 
 
-def mark_as_observed(output: Tensor) -> None:
-    """Note in the graph that a hook waits for the gradient of this tensor."""
+def mark_as_observed(output: Tensor, handle: RemovableHandle) -> None:
+    """Note in the graph that our hook waits for the gradient of this tensor."""
     node: Any = output.grad_fn
-    node.metadata.setdefault(_OBSERVED, set()).add(output.output_nr)
+    node.metadata.setdefault(_OBSERVED, {}).setdefault(output.output_nr, []).append(handle)
+
+
+def observed_at(node: Any) -> dict[int, list[RemovableHandle]]:
+    """Our hooks at the outputs of a node."""
+    found: dict[int, list[RemovableHandle]] = node.metadata.get(_OBSERVED, {})
+    return found
+
+
+def run_last(handle: RemovableHandle) -> bool:
+    """Let a hook of a tensor run after others' hooks of it, which may change the gradient; False if it did not yet."""
+    hooks = handle.hooks_dict_ref()
+    if hooks is None:
+        return True
+    for number in reversed(hooks):
+        if number == handle.id:
+            return True
+        if not getattr(hooks[number], "changes_nothing", False):
+            break
+    hooks[handle.id] = hooks.pop(handle.id)  # autograd does not see what OrderedDict.move_to_end does
+    return False
+
+
+def leaves_of(output: Tensor) -> Iterator[Tensor]:
+    """The tensors that a tensor's gradient goes to."""
+    stack: list[Any] = [output.grad_fn]
+    seen = set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                yield node.variable
+            stack += [child for child, _ in node.next_functions]
 
 
 class Survey:
@@ -50,7 +84,10 @@ class Survey:
                 yield from self._close(node, children)
 
     def _close(self, node: Any, children: list[Any]) -> Iterator[GradientEdge]:
-        here = node.metadata.get(_OBSERVED, ())
+        here = observed_at(node)
+        for handles in here.values():
+            for handle in handles:
+                run_last(handle)
         below = any(self._observed[child] for child in children)
         self._observed[node] = below or bool(here)
         if hasattr(node, "variable"):

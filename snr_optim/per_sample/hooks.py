@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
 from snr_optim.per_sample.capture import Casts, Observation
-from snr_optim.per_sample.graph import mark_as_observed
 from snr_optim.per_sample.layers import Layer
-from snr_optim.per_sample.rules import casts_inputs, wants_inputs
+from snr_optim.per_sample.probe import without_hooks
+from snr_optim.per_sample.rules import casts_inputs, is_replaying, replaying, wants_inputs
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class CallRecord:
     shape: torch.Size  # of the output
     alone: bool  # its input was all that it was given
     autocast: torch.dtype | None
+    changed_by: str | None  # somebody's hook, where the output is not what the layer's own forward returned
 
 
 class Recorder(Protocol):
@@ -41,6 +44,8 @@ class Recorder(Protocol):
 class ForwardHook:
     """Hooks the output of every call of a layer from which a gradient may come; its recorder is a weak reference.
 
+    It is put before other hooks of the layer, so that they can do to the output what they like.
+
     A copy of the model, for an average or as a reference, is not observed: copies of the hook do nothing.
     """
 
@@ -54,11 +59,15 @@ class ForwardHook:
         return _do_nothing, ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        if module in _unobserved:
-            return
         me, layer = self.recorder(), self.layer
+        if not torch.is_grad_enabled() or module in _unobserved or is_replaying():
+            return
+        if not isinstance(output, Tensor):
+            layer.returned = type(output).__name__
+            return
+        layer.returned = None
+        if not output.requires_grad:
+            return
         if me is None or torch._C._functorch.is_functorch_wrapped_tensor(output):
             return  # torch.func differentiates by its own ways
         own = {local: p for local, p in module._parameters.items() if local in layer.names and p is not None}
@@ -73,15 +82,34 @@ class ForwardHook:
         kind = output.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         alone = isinstance(given, Tensor) and all(value is None for value in others)
-        record = CallRecord(trained, output.shape, alone, autocast)
+        record = CallRecord(trained, output.shape, alone, autocast, self._changed_by(module, args, kwargs, output))
         inputs = given if isinstance(given, Tensor) and wants_inputs(layer.rule, trained) else None
         if inputs is not None and autocast is not None and casts_inputs(layer.rule):
             inputs = me._casts.of(inputs, autocast)
-        hooked = whole_of(output)
-        mark_as_observed(hooked)
-        hooked.register_hook(  # type: ignore[no-untyped-call]
-            Observation(layer.waiting, inputs, partial(_pass_on, self.recorder, layer, record))
-        )
+        observation = Observation(layer.waiting, inputs, partial(_pass_on, self.recorder, layer, record))
+        observation.wait_at(whole_of(output))
+
+    def _changed_by(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> str | None:
+        """Hooks that ran before this one and changed the output; None where there are none, the rule.
+
+        Whether they changed it is seen by what the layer's own forward returns when it is called again.
+        """
+        if not _global_forward_hooks and next(iter(module._forward_hooks.values())) is self:
+            return None
+        own = [*takewhile(lambda hook: hook is not self, module._forward_hooks.values())]
+        strangers = [hook for hook in (*_global_forward_hooks.values(), *own) if not isinstance(hook, ForwardHook)]
+        if not strangers:
+            return None
+        hooks: Any = module._forward_hooks
+        place = next(number for number, hook in hooks.items() if hook is self)
+        hooks.move_to_end(place, last=False)  # before theirs, from the next call on
+        with torch.no_grad(), replaying():
+            again = without_hooks(module, module._parameters).forward(*args, **kwargs)
+        if again.shape == output.shape and torch.allclose(
+            again, output.to(again.dtype), rtol=0.0, atol=0.0, equal_nan=True
+        ):
+            return None
+        return ", ".join(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in strangers)
 
 
 _unobserved: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _modules
 
 from snr_optim.per_sample.capture import Observation
 from snr_optim.per_sample.rules import Rule, counts_uses, rule_of
@@ -27,6 +28,7 @@ class Layer:
     shared: set[str]  # those, by their names within the model, that other modules own too
     input_name: str  # of the first argument of its forward
     known: tuple[int, ...] = ()  # parameters whose names were noted
+    returned: str | None = None  # what a call returned last that was no tensor
     waiting: WeakSet[Observation] = field(default_factory=WeakSet)  # calls whose gradient has not come yet
 
 
@@ -46,20 +48,31 @@ def layers_of(model: nn.Module, wanted: Callable[[str], bool], rules: Mapping[ty
             continue
         rule = rule_of(module, rules)
         if rule is None or (counts_uses(rule) and not own.keys() <= {"weight", "bias"}):  # reparametrised
-            missing += [f"{full!r} ({type(module).__name__})" for full in own.values()]
+            missing += [f"{full!r} ({_described(name, module)})" for full in own.values()]
         else:
             shared = {full for full in own.values() if owners[full] > 1}
             layers.append(Layer(name, module, rule, own, shared, _input_name(module)))
     if missing:
         raise ValueError(
             f"model: no rule for {some(missing)}. Freeze them, leave them out on purpose by parameters=, "
-            "or give a rule: rules={the layer's class: by_autograd} for layers that map one tensor to another"
+            "or give a rule: rules={the layer's class: by_autograd} for layers that map one tensor to another, "
+            "which experts and routers do not"
         )
     if not names:
         raise ValueError("model: expected at least one parameter with requires_grad")
     if not layers:
         raise ValueError(f"parameters: none is wanted of {some(sorted(set(names.values())))} (tied ones have one name)")
     return layers
+
+
+def _described(name: str, module: nn.Module) -> str:
+    """The class of a module, and what stands in the way of a rule."""
+    described = type(module).__name__
+    if "forward" in vars(module):
+        return f"{described} at {name!r}, whose forward was replaced"
+    parameters = inspect.signature(module.forward).parameters.values()
+    wanted = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return described if len(wanted) < 2 else f"{described}, which takes {' and '.join(wanted)}"
 
 
 def _input_name(module: nn.Module) -> str:
@@ -88,6 +101,21 @@ def device_of(model: nn.Module, names: set[str]) -> torch.device:
     return devices.pop()
 
 
+def refuse_old_backward_hooks(model: nn.Module) -> None:
+    """Raise a RuntimeError that names the first module with a hook that may change gradients of parameters."""
+    if _modules._global_backward_hooks and not _modules._global_is_full_backward_hook:
+        raise RuntimeError(
+            "model: hooks of register_module_backward_hook may change gradients of parameters; "
+            "use register_module_full_backward_hook"
+        )
+    for name, module in model.named_modules():
+        if module._backward_hooks and not module._is_full_backward_hook:
+            raise RuntimeError(
+                f"model: a hook of register_backward_hook on {name or 'it'!r} may change gradients of parameters; "
+                "use register_full_backward_hook"
+            )
+
+
 def refuse_compiled(model: nn.Module) -> None:
     """Raise a ValueError that names the first module that is compiled."""
     for name, module in model.named_modules():
@@ -95,6 +123,16 @@ def refuse_compiled(model: nn.Module) -> None:
             raise ValueError(
                 f"model: {name or 'it'} is compiled by torch.compile, which hooks cannot look into; compile it later"
             )
+
+
+def not_called(layer: Layer) -> str:
+    """Why no call of a layer was seen that a gradient came to."""
+    if layer.returned is not None:
+        return f"{layer.name!r} returns a {layer.returned}, not one tensor"
+    return (
+        "its weight is used elsewhere, by a functional call, an adapter of parameters or a fused loss, where no hook "
+        "sees it; or the forward pass ran before PerSampleGradNorms was made"
+    )
 
 
 def some(names: list[str]) -> str:

@@ -20,7 +20,16 @@ from snr_optim.per_sample.capture import Casts, Observation
 from snr_optim.per_sample.check import GradientCheck
 from snr_optim.per_sample.graph import Survey, run_without_weight_gradients
 from snr_optim.per_sample.hooks import CallRecord, ForwardHook
-from snr_optim.per_sample.layers import Layer, device_of, layers_of, refuse_compiled, refuse_tensor_parallel, some
+from snr_optim.per_sample.layers import (
+    Layer,
+    device_of,
+    layers_of,
+    not_called,
+    refuse_compiled,
+    refuse_old_backward_hooks,
+    refuse_tensor_parallel,
+    some,
+)
 from snr_optim.per_sample.layout import Layout
 from snr_optim.per_sample.rules import Call, Embedding, Rule, counts_uses
 from snr_optim.per_sample.totals import ExactTotals, SketchTotals, Totals, next_size
@@ -47,6 +56,11 @@ class PerSampleGradNorms:
     Tied embeddings and modules that are called several times get their cross terms. Frozen parameters do not count.
     Any other trainable parameter is refused by name, unless ``rules`` covers it.
 
+    **Hooks of others**, of layers or of tensors, that change outputs or gradients are part of the model: norms are of
+    what ``backward()`` computes for each sequence. What runs before our own forward hook, the first of its layer, and
+    changes the output is refused. Hooks of a parameter are not counted: norms are of the gradient that comes to it.
+    Hooks of a node of the graph are found by the ``check`` of a training backward pass alone.
+
     **Scale.** The norms are those of the gradient of what ``backward()`` is called on. For ``log_prob_sum``, a sum over
     sequences, each is that of its own log-probability. A loss ``sum_s c_s log pi(o_s)``, such as a mean
     (``c = 1 / B``), with advantages, scaled by a ``GradScaler``, has norms ``c_s^2 w_s``: ``squared(scale=c)``
@@ -68,7 +82,8 @@ class PerSampleGradNorms:
         method: ``"exact"``; or ``"sketch"``, random projections of the gradients, linear in the tokens and
             unbiased, for sequences so long that they are cheaper.
         parameters: which to count, by their names; all by default. ``lambda name: "norm" in name`` counts norms alone.
-        rules: for other layers, by class: ``by_autograd`` works for any layer with few parameters.
+        rules: for other layers, by class: ``by_autograd`` works for any layer that maps one tensor to another and has
+            few parameters of its own; also for a block around other layers, or the model itself.
         relative_error: wanted standard error of a sketch, relative to the norm; each block is sketched as finely
             as the errors of the one before suggest, with 4 columns or more, and exact where that is cheaper (sequences
             of twice as many tokens as columns). ``sketch_size`` is the number of columns; set it to start elsewhere.
@@ -136,7 +151,8 @@ class PerSampleGradNorms:
         self._names = WeakIdKeyDictionary()  # of parameters, those too that fully_shard puts in place
         me = weakref.ref(self)
         handles = [
-            layer.module.register_forward_hook(ForwardHook(me, layer), with_kwargs=True) for layer in self._layers
+            layer.module.register_forward_hook(ForwardHook(me, layer), prepend=True, with_kwargs=True)
+            for layer in self._layers
         ]
         for name, p in model.named_parameters():
             if name in self._covered:
@@ -170,7 +186,8 @@ class PerSampleGradNorms:
         Raises:
             TypeError, ValueError: bad arguments; or activations, in the backward pass, that have other sequences.
             RuntimeError: no backward pass within, or a second one; a graph that an earlier one has freed; gradients of
-                parameters that no layer accounts for; parameters that became trainable meanwhile; blocks within
+                parameters that no layer accounts for; outputs that other hooks changed before ours; backward hooks of
+                the old kind; parameters that became trainable meanwhile; blocks within
                 blocks. An error, or any exception within the block, leaves no norms and no state behind.
         """
         if (batch_size is None) == (cu_seqlens is None):
@@ -183,6 +200,7 @@ class PerSampleGradNorms:
             raise RuntimeError("sequences: the hooks were removed")
         self._result = None
         self._expect_known_parameters()
+        refuse_old_backward_hooks(self._model)
         if cu_seqlens is not None:
             layout = Layout.of_packed(cu_seqlens, groups, self._device)
         else:
@@ -193,7 +211,8 @@ class PerSampleGradNorms:
         else:
             if not isinstance(self.sketch_size, int) or self.sketch_size < 2:
                 raise ValueError(f"sketch_size: expected an integer of at least 2 columns, got {self.sketch_size!r}")
-            totals = SketchTotals(len(layout), self._device, self.sketch_size, (self.seed, self._blocks))
+            seed = (self.seed, self._blocks)
+            totals = SketchTotals(len(layout), self._device, self.sketch_size, seed, self._opaque)
         check = None
         if self._check_when != "never":
             check = GradientCheck(self._confirmed if self._check_when == "first" else set())
@@ -201,7 +220,7 @@ class PerSampleGradNorms:
         try:
             yield
             block = self._block
-            block.expect_every_use()
+            block.expect_every_use(self._why_not_called)
             with exactly(self._device):
                 self._result = totals.finish()
         finally:
@@ -229,6 +248,7 @@ class PerSampleGradNorms:
             raise RuntimeError("backward: expected within `with norms.sequences(...)`")
         self._block.norms_alone, self._block.check = True, None
         run_without_weight_gradients(log_prob_sum, self._block.survey, retain_graph)
+        self._block.ran = True
 
     def squared(self, scale: float | Tensor = 1.0) -> Tensor:
         """Squared norms of the last block.
@@ -280,8 +300,16 @@ class PerSampleGradNorms:
         if block is None:
             return
         block.enter()
+        if record.changed_by is not None:
+            raise RuntimeError(
+                f"{layer.name!r}: forward hooks that ran before ours changed its output ({record.changed_by}). "
+                "Register them on the module, before PerSampleGradNorms is made or without prepend=True"
+            )
         if not record.alone:
-            raise RuntimeError(f"{layer.name!r} was called with more than its input: no rule tells what that does")
+            raise RuntimeError(
+                f"{layer.name!r} was called with more than its input: no rule tells what that does; "
+                "leave its parameters out by parameters="
+            )
         inputs = observed.inputs()
         gradient = gradient.view(record.shape)
         with exactly(gradient.device):
@@ -293,6 +321,11 @@ class PerSampleGradNorms:
                 raise ValueError(f"{error} (in {layer.name!r})") from None
             block.report(layer, uses, once=not observed.others_wait(), tied=self._tied_ids)
             block.lowest = min(block.lowest, gradient.dtype, key=lambda dtype: dtype.itemsize)
+
+    def _why_not_called(self, name: str) -> str:
+        """Why none of the layers that own this parameter has reported a use of it."""
+        owners = [layer for layer in self._layers if name in layer.names.values()]
+        return not_called(next((layer for layer in owners if layer.returned is not None), owners[0]))
 
     def _tied_ids(self, layer: Layer, name: str) -> Tensor | None:
         """What an embedding was given whose weight the layer shares, if there is no further use of it."""
@@ -308,9 +341,8 @@ class PerSampleGradNorms:
             return
         if not block.reported[name]:
             raise RuntimeError(
-                f"{name!r} got a gradient, but the layer that owns it was not called: its weight is used elsewhere, "
-                "by a fused loss perhaps, where no hook sees it; or the forward pass ran before PerSampleGradNorms "
-                "was made"
+                f"{name!r} got a gradient, but the layer that owns it was not called in a way that can be observed: "
+                f"{self._why_not_called(name)}. Leave it out by parameters="
             )
         if block.check is not None:
             block.check.compare(name, gradient, block.lowest)

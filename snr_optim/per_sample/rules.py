@@ -5,7 +5,9 @@ Layers of torch are known by their code; norms and embeddings of other libraries
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from snr_optim.kernels._launch import exact_dtype
+from snr_optim.per_sample.graph import leaves_of
 from snr_optim.per_sample.layout import Layout
-from snr_optim.per_sample.probe import kind_of_norm, scale_of_embedding, without_hooks
+from snr_optim.per_sample.probe import kind_of_norm, scale_of_embedding
 from snr_optim.per_sample.uses import BiasUse, MatrixUse, PerUnitUse, ScaleUse, Source, Use
 
 Uses: TypeAlias = dict[str, Use]  # by the name of the parameter within its module
@@ -110,10 +113,12 @@ def by_autograd(call: Call) -> Uses:
     """For any layer that treats the sequences of a batch one by one: exact, one sequence after another.
 
     The layer runs again for each unit, and the gradients of all units are in memory at once: for layers with few
-    parameters. It must do the same each time: no dropout.
+    parameters of their own. Those of layers within it have rules of their own. It must do the same each time: no
+    dropout.
 
     Raises:
-        RuntimeError: units are groups whose sequences are not neighbours.
+        RuntimeError: units are groups whose sequences are not neighbours; a forward that has its parameters from
+            elsewhere than the module.
     """
     module, layout = call.module, call.layout
     parameters: dict[str, Any] = {
@@ -127,11 +132,51 @@ def by_autograd(call: Call) -> Uses:
         if layout.packed and call.inputs.shape[0] == 1:
             x, g = x[None], g[None]
         kind, dtype = x.device.type, call.autocast
-        with torch.enable_grad(), torch.autocast(kind, dtype, enabled=dtype is not None):
-            y = without_hooks(module, module._parameters | parameters).forward(x)
+        with (
+            torch.enable_grad(), torch.autocast(kind, dtype, enabled=dtype is not None),
+            replaying(), _with_parameters(module, parameters),
+        ):  # fmt: skip
+            y = module.forward(x)
+        if not of_unit and any(leaf is module._parameters[name] for leaf in leaves_of(y) for name in call.trained):
+            raise RuntimeError(
+                f"by_autograd: the forward of {type(module).__name__} does not read its parameters off the module"
+            )
+        if not y.requires_grad:
+            of_unit.append(tuple(map(torch.zeros_like, parameters.values())))
+            continue
         found = torch.autograd.grad(y, list(parameters.values()), g, materialize_grads=True, allow_unused=True)
         of_unit.append(found)
     return {name: PerUnitUse(torch.stack(gs)) for name, gs in zip(parameters, zip(*of_unit, strict=True), strict=True)}
+
+
+# ------------------------------------------------------------------------------------------------ layers that run again
+_running = threading.local()
+
+
+@contextmanager
+def replaying() -> Iterator[None]:
+    """Layers run again, to look into one of them: not to be observed, nor those within it."""
+    before, _running.again = is_replaying(), True
+    try:
+        yield
+    finally:
+        _running.again = before
+
+
+def is_replaying() -> bool:
+    again: bool = getattr(_running, "again", False)
+    return again
+
+
+@contextmanager
+def _with_parameters(module: nn.Module, parameters: Mapping[str, Any]) -> Iterator[None]:
+    """Put tensors in place of a module's own parameters, for whoever reads them off it: a replaced forward, too."""
+    before = dict(module._parameters)
+    module._parameters.update(parameters)
+    try:
+        yield
+    finally:
+        module._parameters.update(before)
 
 
 # -------------------------------------------------------------------------------------------------- which rule for whom

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol, TypeAlias
 
 import torch
@@ -81,13 +81,19 @@ class SketchTotals:
 
     For a gradient ``M`` and ``k`` columns ``r`` of random signs, ``E ||M^T r||^2 = ||M||_F^2``. The mean over the
     columns is unbiased, and its variance is estimated from how they scatter.
+
+    Args:
+        exact: parameters, by name, that some layers have other uses of than those that can be sketched.
     """
 
-    def __init__(self, num: int, device: torch.device, size: int, seed: tuple[int, ...]) -> None:
+    def __init__(
+        self, num: int, device: torch.device, size: int, seed: tuple[int, ...], exact: Collection[str] = ()
+    ) -> None:
         self._parts, self._variances = [torch.zeros(num, device=device)], [torch.zeros(num, device=device)]
         self._size, self._seed = size, seed
         self._signs: dict[str, int] = {}
-        self._sketched: dict[str, bool] = {}
+        self._sketched = dict.fromkeys(exact, False)
+        self._transposed: dict[str, bool] = {}
         self._kept: dict[str, list[Tensor]] = {}
         self._exact = ExactTotals(num, device)
 
@@ -100,6 +106,8 @@ class SketchTotals:
 
     def keep(self, name: str, use: Use, tied: Ids | None) -> None:
         if isinstance(use, MatrixUse) and self._sketched.setdefault(name, self._saves(use)):  # all uses, or none
+            if self._transposed.setdefault(name, use.transposed) != use.transposed:
+                raise RuntimeError("a weight is tied to its own transpose: not supported")
             self._kept.setdefault(name, []).append(self._sketch(name, use))
         else:
             self._exact.keep(name, use, tied)

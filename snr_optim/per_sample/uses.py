@@ -83,6 +83,8 @@ class MatrixUse:
 
     def inner(self, other: Use) -> Tensor:
         r"""``sum_{t,u} (left_t . left'_u) (right_t . right'_u)``: nothing of the size of the matrix."""
+        if isinstance(other, PerUnitUse):
+            return other.inner(self)
         assert isinstance(other, MatrixUse)
         if self.transposed != other.transposed:
             raise RuntimeError("a weight is tied to its own transpose: not supported")
@@ -251,6 +253,19 @@ class PerUnitUse(VectorUse):
     """Gradients per unit as they are."""
 
     gradients: Tensor  # [S, *shape]
+
+    def inner(self, other: Use) -> Tensor:
+        r"""``sum_t left_t^T G right_t`` with a use of a matrix, as of an embedding that is tied to this layer."""
+        if not isinstance(other, MatrixUse):
+            return super().inner(other)
+        gradients = self.gradients.to(exact_dtype(self.gradients, other.right))
+        totals = []
+        for matrix, (start, end) in zip(gradients, pairwise(other.segments.bounds), strict=True):
+            gradient = matrix.T if other.transposed else matrix
+            left, right = other.left[start:end], other._right(slice(start, end)).to(gradient.dtype)
+            of_left = gradient[left] if other.one_hot else left.to(gradient.dtype) @ gradient
+            totals.append((of_left * right).sum())
+        return torch.stack(totals)
 
     def sums(self) -> Tensor:
         return self.gradients.flatten(1).to(exact_dtype(self.gradients))

@@ -148,7 +148,9 @@ class AccumulationSource:
             raise RuntimeError("sub_batch: the previous sub-batch is still open")
         if not self._handles:
             raise RuntimeError("sub_batch: the source was removed")
-        if self._running:
+        if self._running and all(p.grad is None for p in self.parameters):  # the pass failed, and was cleared away
+            self.on_cleared()
+        elif self._running:
             self._fail()
         self._close()
         self._stated_size, self._given_up = float(size), False
@@ -293,12 +295,16 @@ class AccumulationSource:
         self._close()
         batch = self._batch
         if batch.sizes:  # .grad is still what the last pass left, even where no version tells: some of it shows
-            left = [(self.parameters[i], batch.of_grad[i]) for i in self._canaries if i in batch.of_grad]
+            left = [(self.parameters[i], batch.of_grad[i]) for i in self._undisturbed() if i in batch.of_grad]
             batch.must_be_zero += [difference(self._norm_of_grad(p), norm) for p, norm in left if p.grad is not None]
         else:
             batch.must_be_zero = [self._norm_of_grad(p) for p in self.parameters if p.grad is not None]
         self._sub_batch = SubBatch(self._stated_size)
         return self._sub_batch
+
+    def _undisturbed(self) -> list[int]:
+        """Parameters whose ``.grad`` is as the last backward pass has left it, if nobody has changed it."""
+        return self._canaries
 
     def _drop(self) -> None:
         self.dropped += 1

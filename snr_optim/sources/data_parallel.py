@@ -116,6 +116,13 @@ class DistributedDataParallelSource(DataParallelSource):
             return any(p.grad is None and not state.empty for state, p in pairs)
         return super()._changed()
 
+    def _undisturbed(self) -> list[int]:
+        # When a first gradient arrives, DDP itself divides the views of parameters that this pass does not use.
+        divided = any(
+            wrapper.gradient_as_bucket_view and wrapper.require_backward_grad_sync for wrapper in self._wrappers
+        )
+        return [] if divided else super()._undisturbed()
+
     def _weight_of_grad(self, measured: bool) -> float:
         return float(measured)  # the same on every rank that saw its backward pass end: their mean
 
