@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 MODELS = ["plain", "tied", "shared", "experts", "parts", "checkpointed", "reentrant"]
 OPTIMIZERS = ["sgd", "momentum", "adam", "adamw", "adamax", "adagrad", "rmsprop"]
+ADAMS = {"adam", "adamw", "adamax"}  # the last keeps no second moment, as it turns out in its first step
 SCHEDULES = ["warm-up", "cosine", "lambda", "exponential", "sequential"]
 FUSED = {"sgd", "adam", "adamw", "adagrad"}  # on a CPU; torch's momentum fails where a parameter had no gradient
 NO_TENSOR_LR_IN_FOREACH = {"adam", "adamw"}  # which torch refuses where the step is not capturable
@@ -29,6 +30,7 @@ class Setting:
     min_factor: float = 0.0
     max_factor: float = 1.0
     per_group: bool = False
+    metric: str = "euclidean"  # or optimizer
     adapt: bool = True
     scaler: bool = False  # the loop uses a GradScaler
     wrapper: str | None = None  # ddp, ddp as views, or fully_shard, of two processes
@@ -102,6 +104,7 @@ class Step:
 
     unscale: bool = False  # scaler.unscale_() and clipping before it
     closure: tuple[Backward, ...] = ()  # backward passes within step(closure)
+    zero_first: bool = False  # the closure begins with zero_grad()
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,7 @@ def _setting(draw: random.Random) -> Setting:
         min_factor=min_factor,
         max_factor=draw.choice([1.0, 1.0, 0.6]),
         per_group=draw.random() < 0.3,
+        metric="optimizer" if optimizer in ADAMS and draw.random() < 0.4 else "euclidean",
         adapt=draw.random() < 0.95,
         scaler=draw.random() < 0.2,
     )
@@ -282,7 +286,7 @@ def _round(draw: random.Random, setting: Setting) -> list[Operation]:
         done.append(Grad(draw.randrange(10**6), draw.randrange(3)))
     if not chance(0.1):  # else the batch is skipped
         closure = tuple(replace(one, fails=False) for one in in_closure)
-        done.append(Step(unscale=chance(0.3), closure=closure))
+        done.append(Step(unscale=chance(0.3), closure=closure, zero_first=bool(closure) and chance(0.5)))
         if chance(0.05):
             done.append(Step())
     done += [Schedule(draw.choice([1, 1, 1, 1, 2, 5]))] if chance(0.9) else []
@@ -313,7 +317,7 @@ def _copy(draw: random.Random) -> Copy:
 def _distributed(setting: Setting, wrapper: str, draw: random.Random) -> Setting:
     """What two processes run on a CPU: no scaler; with sharded parameters no tensor lr, nor what knows no DTensor."""
     model = setting.model if setting.model in ("plain", "experts", "checkpointed") else "plain"
-    setting = replace(setting, model=model, scaler=False, wrapper=wrapper)
+    setting = replace(setting, model=model, scaler=False, wrapper=wrapper, metric="euclidean")
     if wrapper != "fully_shard":
         return setting
     optimizer = draw.choice(["sgd", "momentum", "adam", "adamw"])

@@ -217,6 +217,8 @@ class Oracle:
             self._drop()
 
     def _step(self, one: Step) -> None:
+        if one.zero_first and one.closure:
+            self._zero(Zero())
         for inner in one.closure:
             self._backward(inner)
             self.happened["closure"] += 1
@@ -337,9 +339,24 @@ class Oracle:
             h = [one.gradients.get(name) for one in self.batch]
             present = [(n / math.fsum(sizes), g) for n, g in zip(sizes, h, strict=True) if g is not None]
             if present:
-                sq_norm += sum(g for _, g in present).square().sum().item()
-                mean_sq += math.fsum(c * (g / c).square().sum().item() for c, g in present)
+                metric = self._metric(name)
+                sq_norm += (metric * sum(g for _, g in present).square()).sum().item()
+                mean_sq += math.fsum(c * (metric * (g / c).square()).sum().item() for c, g in present)
         return sq_norm, mean_sq
+
+    def _metric(self, name: str) -> Tensor:
+        """What the square of an entry is multiplied by: 1, or Adam's ``1 / (sqrt(v_hat) + eps)`` of the last step."""
+        p = self.params[name]
+        [group] = [one for one in self.optimizer.param_groups if any(q is p for q in one["params"])]
+        if self.setting.metric == "euclidean" or not {"betas", "eps"} <= group.keys():
+            return torch.ones(())
+        state = self.optimizer.state.get(p)
+        if not state:
+            return torch.full((), math.nan)  # not known before the first step
+        if "exp_avg_sq" not in state:
+            return torch.ones(())
+        v = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+        return 1 / ((v / (1 - group["betas"][1] ** float(state["step"]))).sqrt() + group["eps"])
 
     def _outcome(self, moments: tuple[float, float], fault: bool, averages: Averages) -> str:
         """What becomes of moments: a counter, or an observation that the averages keep."""

@@ -45,8 +45,10 @@ class Subject:
         self.added: list[float | Tensor | None] = []  # lr of a group that was added
         self.frozen = False
         self.used_lrs: list[float] = []  # those of the last step, as it was done
-        self._build()
-        self._attach()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they say is tested elsewhere
+            self._build()
+            self._attach()
 
     def do(self, operation: Operation) -> str | None:
         """Carry it out; the name of the exception that the user sees, if any."""
@@ -56,7 +58,7 @@ class Subject:
             Copy: self._copy, Freeze: self._freeze, AddGroup: self._add_group, Attach: self._reattach,
         }[type(operation)]  # fmt: skip
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they say is tested elsewhere
+            warnings.simplefilter("ignore")
             try:
                 act(operation)
             except Exception as error:
@@ -121,6 +123,8 @@ class Subject:
             self.optimizer.step()
 
     def _closure(self, one: Step) -> float:
+        if one.zero_first:
+            self.optimizer.zero_grad()
         for inner in one.closure:
             self._backward(inner)
         sanitise(self._with_grad())
@@ -213,6 +217,7 @@ class Subject:
             min_factor=setting.min_factor,
             max_factor=setting.max_factor,
             per_group=setting.per_group,
+            metric=setting.metric,
             adapt=setting.adapt,
         )
         self.scaler = torch.amp.GradScaler(
