@@ -26,6 +26,7 @@ class Setting:
     implementation: str = "loop"  # or foreach, fused
     lr: str = "float"  # or tensor, one for each group; or shared, one tensor in all groups
     schedule: str | None = None
+    behind_warm_up: bool = False  # SequentialLR of torch's warm-up and the scheduler itself
     smoothing: float | str = 0.0
     min_factor: float = 0.0
     max_factor: float = 1.0
@@ -166,7 +167,8 @@ def allowed(operation: Operation, setting: Setting) -> bool:
     """Whether the operation exists in a setting; where not, it is left out."""
     if isinstance(operation, AddGroup):  # torch's schedulers take no group that was added later, nor does its Adagrad
         known = operation.lr is not None or setting.lr != "shared"  # whose default is the tensor that all groups share
-        return setting.schedule is None and setting.optimizer != "adagrad" and known
+        scheduled = setting.schedule is not None or setting.behind_warm_up
+        return not scheduled and setting.optimizer != "adagrad" and known
     if isinstance(operation, TwoLosses):
         return operation.same or setting.model == "parts"
     if isinstance(operation, Backward) and operation.fails:
@@ -202,16 +204,17 @@ def program_of(seed: int, wrapper: str | None = None) -> Program:
 def _setting(draw: random.Random) -> Setting:
     optimizer = draw.choice(OPTIMIZERS)
     lr = draw.choices(["float", "tensor", "shared"], [6, 3, 1])[0]
-    min_factor = draw.choice([0.0, 0.0, 0.01, 0.2])
+    schedule = draw.choice([None, None, None, *SCHEDULES])
     return Setting(
         model=draw.choice(MODELS),
         groups=draw.choice([1, 2, 2, 3]),
         optimizer=optimizer,
         implementation=draw.choice(_implementations(optimizer, lr != "float")),
         lr=lr,
-        schedule=draw.choice([None, None, None, *SCHEDULES]),
+        schedule=schedule,
+        behind_warm_up=schedule is None and draw.random() < 0.25,
         smoothing=draw.choice([0.0, 0.5, 0.9, "auto", "auto"]),
-        min_factor=min_factor,
+        min_factor=draw.choice([0.0, 0.0, 0.01, 0.2]),
         max_factor=draw.choice([1.0, 1.0, 0.6]),
         per_group=draw.random() < 0.3,
         metric="optimizer" if optimizer in ADAMS and draw.random() < 0.4 else "euclidean",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ from .language import (
     TwoLosses,
     Zero,
 )
-from .parts import OPTIMIZERS, SCHEDULES, Net, base_lr, base_lrs, group_names, loss_of, of_rank
+from .parts import OPTIMIZERS, SCHEDULES, WARM_UP, Net, base_lr, base_lrs, group_names, loss_of, of_rank, warm_up
 
 INITIAL_SCALE, GROWTH_INTERVAL = 16.0, 3  # of the GradScaler
 
@@ -108,7 +109,9 @@ class Oracle:
         self.params = dict(self.model.named_parameters())
         make = OPTIMIZERS[setting.optimizer]
         self.optimizer = make(self._param_groups(self.groups), lr=1.0, foreach=False)
-        self.clock = None if setting.schedule is None else self._clock(setting.schedule)
+        self.clock = None if setting.schedule is None else self._clock(SCHEDULES[setting.schedule])
+        self.warm_up = self._clock(warm_up) if setting.behind_warm_up else None
+        self.calls = 0  # of scheduler.step()
         self.whole = Averages(setting.smoothing)
         self.of_groups = [Averages(setting.smoothing) for _ in self.groups]
         self.counts: Counter[str] = Counter()
@@ -231,8 +234,10 @@ class Oracle:
 
     def _schedule(self, one: Schedule) -> None:
         self.just_added = 0
-        for _ in range(one.times if self.clock is not None else 0):
-            self.clock.step()
+        self.calls += one.times
+        for clock in filter(None, (self.clock, self.warm_up)):
+            for _ in range(one.times):
+                clock.step()
 
     def _copy(self, one: Copy) -> None:
         """A copy has no ``.grad``, as torch copies parameters: the batch in the middle is lost."""
@@ -389,8 +394,14 @@ class Oracle:
         return self.bases if self.clock is None else [float(lr) for lr in self.clock.get_last_lr()]
 
     @property
+    def in_charge(self) -> bool:
+        return self.warm_up is None or self.calls >= WARM_UP
+
+    @property
     def lrs(self) -> list[float]:
         """What stands in the optimizer."""
+        if self.warm_up is not None and not self.in_charge:
+            return [float(lr) for lr in self.warm_up.get_last_lr()]
         if not self.setting.adapt:
             return list(self.ceilings)
         used = self.of_groups if self.setting.per_group else [self.whole] * len(self.groups)
@@ -403,6 +414,8 @@ class Oracle:
             group["lr"] = lr
         self.optimizer.step()
         self.happened["steps"] += 1
+        self.happened["in a warm-up"] += not self.in_charge
+        self.happened["behind a warm-up"] += self.warm_up is not None and self.in_charge
 
     def _scaled_step(self, one: Step) -> None:
         """What a ``GradScaler`` does; a fused optimizer does its part of it within ``step()``."""
@@ -432,11 +445,11 @@ class Oracle:
 
     # -- small things -------------------------------------------------------------------------------
 
-    def _clock(self, schedule: str) -> LRScheduler:
+    def _clock(self, schedule: Callable[[torch.optim.Optimizer], LRScheduler]) -> LRScheduler:
         """The schedule alone, on an optimizer that nobody else touches."""
         parameters = [torch.zeros(1, requires_grad=True) for _ in self.bases]
         optimizer = torch.optim.SGD([{"params": [p], "lr": lr} for p, lr in zip(parameters, self.bases, strict=True)])
-        clock = SCHEDULES[schedule](optimizer)
+        clock = schedule(optimizer)
         optimizer.step()
         return clock
 

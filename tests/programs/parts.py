@@ -176,6 +176,13 @@ def warm_up_then_cosine(optimizer: Optimizer) -> LRScheduler:
     return SequentialLR(optimizer, parts, milestones=[3])
 
 
+WARM_UP = 4  # calls of step() until the scheduler behind it is in charge
+
+
+def warm_up(optimizer: Optimizer) -> LRScheduler:
+    return LinearLR(optimizer, start_factor=0.25, total_iters=WARM_UP)
+
+
 SCHEDULES: dict[str, Callable[[Optimizer], LRScheduler]] = {
     "warm-up": partial(LinearLR, start_factor=0.2, total_iters=4),
     "cosine": partial(CosineAnnealingLR, T_max=9, eta_min=1e-3),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import SequentialLR
 
 from snr_optim import SNRAdaptiveLR
 
@@ -32,7 +33,7 @@ from .language import (
     Zero,
 )
 from .oracle import GROWTH_INTERVAL, INITIAL_SCALE, clip, sanitise
-from .parts import OPTIMIZERS, SCHEDULES, Net, as_lr, base_lrs, group_names, loss_of, of_rank
+from .parts import OPTIMIZERS, SCHEDULES, WARM_UP, Net, as_lr, base_lrs, group_names, loss_of, of_rank, warm_up
 
 MIDDLE_OF_NOWHERE = 10**7  # the data of an original that goes on after it was copied
 
@@ -143,26 +144,26 @@ class Subject:
 
     def _schedule(self, one: Schedule) -> None:
         for _ in range(one.times):
-            self.scheduler.step()
+            self.driver.step()
 
     def _copy(self, one: Copy) -> None:
         before = copy.copy(self)
         if one.how in ("saved", "state_dict"):
             self._load(one)
         else:
-            of_all = (self.model, self.optimizer, self.scheduler, self.scaler)
+            of_all = (self.model, self.optimizer, self.scheduler, self.driver, self.scaler)
             copied = copy.deepcopy(of_all) if one.how == "deepcopy" else pickle.loads(pickle.dumps(of_all))
-            self.model, self.optimizer, self.scheduler, self.scaler = copied
+            self.model, self.optimizer, self.scheduler, self.driver, self.scaler = copied
         self._attach()
         if one.disturb:
             before.used_lrs = []
             for number in range(3):
                 before._backward(Backward(MIDDLE_OF_NOWHERE + number, rows=3))
             before.optimizer.step()
-            before.scheduler.step()
+            before.driver.step()
 
     def _load(self, one: Copy) -> None:
-        parts = (self.model, self.optimizer, self.scheduler, self.scaler)
+        parts = (self.model, self.optimizer, self.driver, self.scaler)
         state = [part.state_dict() for part in parts]
         if one.how == "saved":
             file = io.BytesIO()
@@ -174,7 +175,7 @@ class Subject:
         self._build()
         order = (0, 2, 1, 3) if one.scheduler_first else (0, 1, 2, 3)
         for i in order:
-            (self.model, self.optimizer, self.scheduler, self.scaler)[i].load_state_dict(state[i])
+            (self.model, self.optimizer, self.driver, self.scaler)[i].load_state_dict(state[i])
 
     def _freeze(self, one: Freeze) -> None:
         self.frozen = not self.frozen
@@ -209,6 +210,7 @@ class Subject:
         self.optimizer: Any = OPTIMIZERS[setting.optimizer](groups, lr=default, **how)
         for lr in self.added:
             self._add(lr)
+        first = warm_up(self.optimizer) if setting.behind_warm_up else None
         schedule = None if setting.schedule is None else SCHEDULES[setting.schedule](self.optimizer)
         self.scheduler = SNRAdaptiveLR(
             self.optimizer,
@@ -220,6 +222,9 @@ class Subject:
             metric=setting.metric,
             adapt=setting.adapt,
         )
+        self.driver: Any = self.scheduler  # what the loop steps
+        if first is not None:
+            self.driver = SequentialLR(self.optimizer, [first, self.scheduler], milestones=[WARM_UP])
         self.scaler = torch.amp.GradScaler(
             "cpu", init_scale=INITIAL_SCALE, growth_interval=GROWTH_INTERVAL, enabled=setting.scaler
         )
