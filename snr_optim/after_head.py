@@ -151,8 +151,9 @@ class Trial:
                     f"model: what it does after its head fails on logits of shape {list(probe.shape)}: {error}; "
                     "linear_logprob_stats takes its hidden states"
                 ) from error
-            if of_words.dim() and of_words.shape[-1] in (words, len(row)):
-                words = of_words.shape[-1]
+            if of_words.dim() != 3 or of_words.shape[-1] not in (words, len(row)):
+                raise _unexpected_shape(of_words, (*size, words))
+            words = of_words.shape[-1]
             low = of_words.detach().cpu() <= LOWEST
             mask = low.flatten(0, -2).any(0)
             masked = bool(mask.any())
@@ -161,8 +162,8 @@ class Trial:
                     "model: it masks other words in some rows than in others; linear_logprob_stats cannot"
                 )
             masks.append(mask)
-            if of_words.shape[-1:] != (words,) or bool(mask.all()):
-                raise _unexpected_shape(of_words, (*size, words))
+            if mask.all():
+                raise RuntimeError("model: it masks all words")
             left = ~mask.to(row.device) if masked else slice(None)
             found = _factors(of_words[..., left], row[:words][left], scaling, size, rounding)
             factors = found if factors is None else factors

@@ -17,6 +17,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 
 def current_backward() -> int:
@@ -68,6 +69,21 @@ def at_end_of_backward(function: Callable[[], None]) -> None:
     """
     queue = Variable._execution_engine.queue_callback
     queue(lambda: queue(function))
+
+
+def runs_last(handle: RemovableHandle) -> bool:
+    """Whether a hook of a tensor runs after others' hooks of it, which may change the gradient; if not, from now on.
+
+    Our own hooks, marked by ``changes_nothing``, may come after one another.
+    """
+    hooks: Any = handle.hooks_dict_ref()
+    for number in reversed(hooks or {}):
+        if number == handle.id:
+            return True
+        if not getattr(hooks[number], "changes_nothing", False):
+            hooks[handle.id] = hooks.pop(handle.id)  # the engine goes by insertion, and not by move_to_end()
+            return False
+    return True  # it is not there any more
 
 
 def is_nested_backward() -> bool:

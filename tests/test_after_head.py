@@ -263,7 +263,9 @@ REFUSED = {
     "a sequence upside down": (lambda logits: logits * (1 - 2 * (OF_ROWS == 3.0)), "something else"),
     "a bias for one sequence": (lambda logits: logits + (OF_ROWS == 3.0), "something else"),
     "another sequence": (lambda logits: logits * OF_TOKENS[:2], "fails on logits|return what its head does"),
-    "all words": (lambda logits: torch.full_like(logits, -torch.inf), "return what its head does"),
+    "all words": (lambda logits: torch.full_like(logits, -torch.inf), "masks all words"),
+    "another shape": (lambda logits: logits.flatten(), "return what its head does"),
+    "some words left out": (lambda logits: logits[..., :9], "return what its head does"),
 }
 
 

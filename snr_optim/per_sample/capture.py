@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snr_optim.backward import current_backward, keeps_graph
-from snr_optim.per_sample.graph import mark_as_observed, observed_at, run_last
+from snr_optim.backward import current_backward, keeps_graph, runs_last
+from snr_optim.per_sample.graph import mark_as_observed, observed_at
 
 
 class _Keep(torch.autograd.Function):
@@ -73,10 +73,10 @@ class Observation:
     ) -> None:
         self._on_gradient, self._waiting = on_gradient, waiting
         self._wants_inputs = inputs is not None
-        self._node: Any = None
+        self._kept: Any = None  # the output of the node, without which torch 2.11 frees what the node has saved
         self._handle: Any = None
         if inputs is not None:
-            self._node = _Keep.apply(inputs.detach(), _ANCHOR).grad_fn  # type: ignore[no-untyped-call]
+            self._kept = _Keep.apply(inputs.detach(), _ANCHOR)  # type: ignore[no-untyped-call]
         if current_backward() == -1:  # what a checkpoint recomputes is no further call: its first one waits already
             waiting.add(self)
 
@@ -86,7 +86,7 @@ class Observation:
         mark_as_observed(output, self._handle)
 
     def __call__(self, gradient: Tensor) -> None:
-        if run_last(self._handle):
+        if runs_last(self._handle):
             self._take(gradient)
         else:  # others' hooks run after this call: hooks of the node come after all those of its tensors
             self._take_later(torch._C._current_autograd_node())
@@ -103,7 +103,7 @@ class Observation:
     def _take(self, gradient: Tensor) -> None:
         self._on_gradient(self, gradient)
         if not keeps_graph():
-            self._node = None
+            self._kept = None
             self._waiting.discard(self)
 
     def inputs(self) -> Tensor | None:
@@ -112,12 +112,12 @@ class Observation:
         Raises:
             RuntimeError: a backward pass was here before and has freed it.
         """
-        if self._wants_inputs and self._node is None:
+        if self._wants_inputs and self._kept is None:
             raise RuntimeError(
                 "a second backward pass through a graph whose activations the first one freed; "
                 "call the first one with retain_graph=True"
             )
-        return None if self._node is None else self._node.saved_tensors[0]
+        return None if self._kept is None else self._kept.grad_fn.saved_tensors[0]
 
     def others_wait(self) -> bool:
         """Whether other calls of the layer wait for their gradient, as when a module is called twice."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
+from snr_optim.backward import runs_last
+
 _OBSERVED = "snr_optim: our hooks at the outputs of this node, by the number of the output"
 
 
@@ -24,20 +26,6 @@ def observed_at(node: Any) -> dict[int, list[RemovableHandle]]:
     """Our hooks at the outputs of a node."""
     found: dict[int, list[RemovableHandle]] = node.metadata.get(_OBSERVED, {})
     return found
-
-
-def run_last(handle: RemovableHandle) -> bool:
-    """Let a hook of a tensor run after others' hooks of it, which may change the gradient; False if it did not yet."""
-    hooks = handle.hooks_dict_ref()
-    if hooks is None:
-        return True
-    for number in reversed(hooks):
-        if number == handle.id:
-            return True
-        if not getattr(hooks[number], "changes_nothing", False):
-            break
-    hooks[handle.id] = hooks.pop(handle.id)  # autograd does not see what OrderedDict.move_to_end does
-    return False
 
 
 def leaves_of(output: Tensor) -> Iterator[Tensor]:
@@ -87,7 +75,7 @@ class Survey:
         here = observed_at(node)
         for handles in here.values():
             for handle in handles:
-                run_last(handle)
+                runs_last(handle)
         below = any(self._observed[child] for child in children)
         self._observed[node] = below or bool(here)
         if hasattr(node, "variable"):

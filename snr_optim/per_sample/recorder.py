@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,9 @@ class PerSampleGradNorms:
                 if hasattr(p, "placements"):  # a shard gets its gradient by other ways
                     self._check_when = "never"
                 else:
-                    handles.append(p.register_hook(partial(_on_parameter, me, name)))  # type: ignore[no-untyped-call]
+                    hook: Any = partial(_on_parameter, me, name)
+                    hook.changes_nothing = True  # so that a source of moments does not wonder what comes after it
+                    handles.append(p.register_hook(hook))  # type: ignore[no-untyped-call]
         self._remove = weakref.finalize(self, _remove_all, handles)
 
     # -- what the user calls ------------------------------------------------------------------------

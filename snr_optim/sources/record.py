@@ -87,6 +87,7 @@ class Batch:
 class GradientHook:
     """Ours on a parameter. It must come last: what the last hook leaves is what is added to ``.grad``."""
 
+    changes_nothing = True
     __torch_unserializable__ = True  # torch would warn that a pickled parameter has lost it, as it should
 
     def __init__(self, on_gradient: Callable[[int, Tensor], None], index: int) -> None:
@@ -94,20 +95,6 @@ class GradientHook:
 
     def __call__(self, gradient: Tensor) -> None:
         self._on_gradient(self._index, gradient)
-
-
-def move_behind_others(handle: RemovableHandle) -> bool:
-    """Put our hook on a parameter behind those of others that were registered after it; whether there were any."""
-    hooks: Any = handle.hooks_dict_ref()
-    for number in reversed(hooks or {}):
-        if number == handle.id:
-            return False
-        if not isinstance(hooks[number], GradientHook):
-            break
-    else:
-        return False  # it is not there any more
-    hooks[handle.id] = hooks.pop(handle.id)  # the engine goes by the order of insertion, not by move_to_end()
-    return True
 
 
 class PostAccumulateGuard:
