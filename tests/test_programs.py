@@ -28,7 +28,8 @@ AT_LEAST = {
     "again": 60, "fails": 40, "grad_first": 80, "closure": 80, "in pieces": 5, "flat": 200, "nan": 30, "inf": 8,
     "edit in place": 30, "edit replaced": 30, "edit data": 30, "edited": 5, "overflow": 5, "other parameters": 50,
     "copy saved": 20, "copy state_dict": 20, "copy deepcopy": 20, "copy pickle": 20, "copy in the middle": 10,
-    "in a warm-up": 40, "behind a warm-up": 40, "group added": 10, "dropped": 100, "not empty": 80, "steps": 1000, "observations": 500, "skipped_single": 200,
+    "in a warm-up": 40, "behind a warm-up": 40,
+    "group added": 10, "dropped": 100, "not empty": 80, "steps": 1000, "observations": 500, "skipped_single": 200,
     "skipped_flat": 20, "skipped_invalid": 150,
 }  # fmt: skip
 AT_LEAST_OF_30 = {
