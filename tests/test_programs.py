@@ -15,6 +15,7 @@ from programs.processes import WRAPPERS, start
 
 import snr_optim.attachment
 import snr_optim.moments
+import snr_optim.scheduler
 import snr_optim.sources.accumulation
 from snr_optim import GradientMoments, SNRAdaptiveLR
 from snr_optim.moments import MomentAverages
@@ -266,6 +267,34 @@ def optimizers_metric_is_ignored(monkeypatch):
     monkeypatch.setattr(SNRAdaptiveLR, "_optimizer_norm", lambda self, model: euclidean)
 
 
+def passes_of_checkpoints_count(monkeypatch):
+    """A reentrant checkpoint runs backward passes of its own."""
+    monkeypatch.setattr(snr_optim.sources.accumulation, "is_nested_backward", lambda: False)
+
+
+def frozen_parameters_are_not_noticed(monkeypatch):
+    monkeypatch.setattr(snr_optim.attachment.Attachment, "_trainable", lambda self: [])
+
+
+def a_copy_is_not_in_charge(monkeypatch):
+    monkeypatch.setattr(SNRAdaptiveLR, "__getstate__", lambda self: {**self.__dict__, "_attachment": None})
+
+
+def groups_share_one_tensor(monkeypatch):
+    monkeypatch.setattr(snr_optim.scheduler, "separate_lrs", lambda optimizer: None)
+
+
+def a_nan_is_forgotten(monkeypatch):
+    """What is not finite counts as no gradient at all."""
+    update = MomentAverages.update
+
+    def forgiving(self, moments):
+        if torch.as_tensor(moments.mean_of_sq_norms).isfinite():
+            update(self, moments)
+
+    monkeypatch.setattr(MomentAverages, "update", forgiving)
+
+
 MUTATIONS = [
     noise_over_m, signal_clamped_before_the_average, mean_of_ratios, unequal_weights, factor_that_lags_one_step,
     lr_that_lags_one_step, sizes_are_forgotten, loss_scale_is_forgotten, autograd_grad_counts,
@@ -273,6 +302,8 @@ MUTATIONS = [
     factor_is_multiplied_again_by_every_step, resumed_without_statistics, groups_share_one_factor, floor_is_forgotten,
     ceiling_is_forgotten, auto_does_not_shrink, standard_error_of_infinitely_many_batches,
     flat_batches_count_as_observations, failed_passes_are_kept, optimizers_metric_is_ignored,
+    passes_of_checkpoints_count, frozen_parameters_are_not_noticed, a_copy_is_not_in_charge, groups_share_one_tensor,
+    a_nan_is_forgotten,
 ]  # fmt: skip
 
 
