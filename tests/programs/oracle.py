@@ -129,13 +129,13 @@ class Oracle:
 
     def do(self, operation: Operation) -> str | None:
         """Carry it out; the name of the exception that the user sees, if any."""
-        getattr_of = {
+        act = {
             Backward: self._backward, Skipped: self._skipped, TwoLosses: self._two_losses, Grad: self._grad,
             Edit: self._edit, Clip: self._clip, Zero: self._zero, Step: self._step, Schedule: self._schedule,
             Copy: self._copy, Freeze: self._freeze, AddGroup: self._add_group, Attach: self._reattach,
-        }  # fmt: skip
+        }[type(operation)]  # fmt: skip
         self.happened[type(operation).__name__] += 1
-        raised: str | None = getattr_of[type(operation)](operation)
+        raised: str | None = act(operation)
         return raised
 
     def _backward(self, one: Backward) -> str | None:
