@@ -119,8 +119,9 @@ def test_gradients_of_each_statistic(impl, which, softcap, scale, bias):
 
     tensors = (hidden, weight, b) if bias else (hidden, weight)
     assert_close(ours(*tensors), true(*tensors))
-    # Where another token than the label leads, gradients of all but log_prob are differences of near numbers.
-    assert_gradients_close(differentiate(ours, tensors, factors), differentiate(true, tensors, factors), 5e-6)
+    # Of the same relative error as every p. Where another token than the label leads, gradients of all but log_prob
+    # are differences of near numbers: their error is 1e-6 in most draws, and 9e-6 in the worst of 2,250.
+    assert_gradients_close(differentiate(ours, tensors, factors), differentiate(true, tensors, factors), TOLERANCE)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 1023, 1024, 1025, 2 * 192, 2 * 192 + 1])
