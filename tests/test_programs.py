@@ -9,8 +9,10 @@ from collections import Counter
 import programs.language
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from programs.check import Disagreement, run, shortest
-from programs.language import Program, program_of
+from programs.language import Program, program_by, program_of
 from programs.processes import WRAPPERS, start
 
 import snr_optim.attachment
@@ -71,6 +73,13 @@ def test_programs_do_what_brute_force_says():
     rare = {name: happened[name] for name, least in AT_LEAST.items() if happened[name] < least}
     assert not rare, f"too rare to be tested: {rare}"
     assert happened["observations"] > 0.4 * happened["steps"]
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(st.randoms(use_true_random=False))
+def test_programs_that_hypothesis_draws_do_what_brute_force_says(draw):
+    """As above, but mutated and shrunk by hypothesis; ``--hypothesis-profile=explore`` looks for new ones."""
+    run(program_by(draw))
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")

@@ -185,7 +185,11 @@ def allowed(operation: Operation, setting: Setting) -> bool:
 
 def program_of(seed: int, wrapper: str | None = None) -> Program:
     """The program of a seed: the same on every machine and every run."""
-    draw = random.Random(f"{wrapper} {seed}")
+    return program_by(random.Random(f"{wrapper} {seed}"), wrapper)
+
+
+def program_by(draw: random.Random, wrapper: str | None = None) -> Program:
+    """The program that these draws make; hypothesis has a ``random.Random`` of its own, which it can shrink."""
     setting = _setting(draw) if wrapper is None else _distributed(_setting(draw), wrapper, draw)
     operations: list[Operation] = []
     for _ in range(draw.randint(3, 7)):
