@@ -166,9 +166,8 @@ class Program:
 def allowed(operation: Operation, setting: Setting) -> bool:
     """Whether the operation exists in a setting; where not, it is left out."""
     if isinstance(operation, AddGroup):  # torch's schedulers take no group that was added later, nor does its Adagrad
-        known = operation.lr is not None or setting.lr != "shared"  # whose default is the tensor that all groups share
         scheduled = setting.schedule is not None or setting.behind_warm_up
-        return not scheduled and setting.optimizer != "adagrad" and known
+        return not scheduled and setting.optimizer != "adagrad"
     if isinstance(operation, TwoLosses):
         return operation.same or setting.model == "parts"
     if isinstance(operation, Backward) and operation.fails:
