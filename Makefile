@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test capabilities lint bench peers trainers gpu clean
+.PHONY: demo test programs capabilities lint bench peers trainers gpu clean
 
 demo: .venv/ready            ## four methods, three seeds, on two cores: table, summary.json, curves.png
 	$(BIN)/python examples/qwen3_arithmetic.py --method all --seeds 0 1 2 --jobs 2 --out runs/demo
@@ -10,7 +10,11 @@ demo: .venv/ready            ## four methods, three seeds, on two cores: table, 
 test: .venv/ready            ## everything, in random order, doctests included, on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# What looks at programs, pages and compilers more than at numbers. Any other file runs, new ones too.
+programs: .venv/ready        ## 20,000 random training programs against brute force; goes on where it was stopped
+	mkdir -p runs
+	PYTHONPATH=.:tests $(BIN)/python -m programs --programs 20000 --jobs 2 --resume runs/programs.json
+
+# What looks at scripts, pages and compilers more than at numbers. Any other file runs, new ones too.
 FEW_NUMBERS := cross_compilation docs_loops interpreter math_problems packaging readme \
 	example example_* integrations_* *benchmark*
 

@@ -336,14 +336,11 @@ def _everywhere(operation: Operation) -> bool:
 
 
 def _as_processes_do(operation: Operation, wrapper: str) -> Operation:
-    # DDP divides its views of the parameters that a pass does not use when the first gradient comes. Where that is one
-    # of the spare layer, which nobody watches, the batch counts as changed: not measured, but not mismeasured.
-    no_spare = wrapper in ("fully_shard", "ddp as views")
     sharded = wrapper == "fully_shard"
     if isinstance(operation, Backward):
-        return replace(operation, again=False, fails=False, grad_first=False, spare=operation.spare and not no_spare)
+        return replace(operation, again=False, fails=False, grad_first=False, spare=operation.spare and not sharded)
     if isinstance(operation, Step):
-        closure = tuple(replace(one, again=False, spare=one.spare and not no_spare) for one in operation.closure)
+        closure = tuple(replace(one, again=False, spare=one.spare and not sharded) for one in operation.closure)
         return replace(operation, closure=tuple(replace(one, grad_first=False) for one in closure))
     if wrapper == "ddp as views" and isinstance(operation, Zero):  # in place it is not told from DDP's own writing
         return replace(operation, to_none=True)
