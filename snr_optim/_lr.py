@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -31,6 +33,17 @@ def copies_of(lrs: list[LR]) -> list[LR]:
     return [lr.detach().clone() if isinstance(lr, Tensor) else lr for lr in lrs]
 
 
+def copied(value: Any) -> Any:
+    """A state with tensors that nobody else holds."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {name: copied(each) for name, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(copied(each) for each in value)
+    return value
+
+
 def write_lrs(optimizer: Optimizer, lrs: list[LR]) -> None:
     """Put one lr into each parameter group."""
     for group, lr in zip(optimizer.param_groups, lrs, strict=True):
@@ -46,14 +59,25 @@ def separate_lrs(optimizer: Optimizer) -> None:
     torch puts the one tensor that it was given into all groups and into ``defaults``: what is written for one group
     would be the lr of all others, and of groups that are added later. The first group keeps its tensor.
     """
-    seen: set[int] = set()
+    seen = set()
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor) and id(group["lr"]) in seen:
+        if isinstance(group["lr"], Tensor) and _place(group["lr"]) in seen:
             group["lr"] = group["lr"].detach().clone()
-        seen.add(id(group["lr"]))
+        seen.add(_place(group["lr"]))
     default = optimizer.defaults.get("lr")
-    if isinstance(default, Tensor) and id(default) in seen:
+    if isinstance(default, Tensor) and _place(default) in seen:
         optimizer.defaults["lr"] = default.detach().clone()
+
+
+def share_lrs(optimizer: Optimizer) -> bool:
+    """Whether several parameter groups have one tensor for their lr."""
+    places = [_place(group["lr"]) for group in optimizer.param_groups if isinstance(group["lr"], Tensor)]
+    return len(set(places)) < len(places)
+
+
+def _place(lr: LR) -> tuple[int, int] | None:
+    """Where a tensor's value lies: views of it are the same lr."""
+    return (lr.untyped_storage().data_ptr(), int(lr.storage_offset())) if isinstance(lr, Tensor) else None
 
 
 class Mark(NamedTuple):
@@ -85,27 +109,37 @@ def expect_lrs(optimizer: Optimizer) -> None:
 def ignores_lr(optimizer: Optimizer) -> bool:
     """Whether the optimizer's steps stay the same at another lr, as Rprop's do, which has its step sizes in its state.
 
-    Tried out on another instance, with a parameter of its own. The classes of ``torch.optim`` are known; where an
-    optimizer cannot be tried out, or its steps may talk to other processes, the answer is False.
+    Tried out on another instance, with a parameter of its own, and without the hooks of steps. The steps of
+    ``torch.optim`` are known; where one cannot be tried out, or may talk to other processes, the answer is False.
     """
     if isinstance(optimizer, torch.optim.Rprop):
         return True
-    known = type(optimizer).__module__.startswith("torch.optim.")
+    known = type(optimizer).step.__module__.startswith("torch.optim.")
     hookless = not hasattr(optimizer, "_optimizer_step_pre_hooks")  # made in another way than torch does it
     if known or hookless or (dist.is_available() and dist.is_initialized()):
         return False
     try:
-        with warnings.catch_warnings(), torch.enable_grad():
+        with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]), _nothing_compiled():
             warnings.simplefilter("ignore")
-            return _lengths_of_steps(optimizer, 1.0) == _lengths_of_steps(optimizer, 0.5)
+            return _lengths_of_steps(optimizer, 1.0) == _lengths_of_steps(optimizer, 1e-3)
     except Exception:  # whatever went wrong: nothing is known of it
         return False
+
+
+def _nothing_compiled() -> AbstractContextManager[Any]:
+    """A step that holds compiled functions runs them as they were written, which takes no time to compile."""
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and to import it takes seconds
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return context
 
 
 def _lengths_of_steps(optimizer: Optimizer, scale: float) -> list[float]:
     """Of three steps after a first one: ``scale`` times the lr from the second of them on."""
     parameter = nn.Parameter(torch.linspace(-1.0, 1.0, 16, device="cpu").view(4, 4))
     twin: Any = object.__new__(type(optimizer))
+    step: Any = type(optimizer).step
+    step = getattr(step, "__wrapped__", step)  # without the hooks that others have put on the steps of all optimizers
     settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
     lr = float(settings["lr"]) or 1e-3
     # Nothing else of the optimizer: an inner one that it may hold would step the parameters of the user.
@@ -123,7 +157,7 @@ def _lengths_of_steps(optimizer: Optimizer, scale: float) -> list[float]:
             twin.param_groups[0]["lr"] = factor * lr
         before = parameter.detach().clone()
         parameter.grad = torch.linspace(0.5, 1.0, 16, device="cpu").view(4, 4)
-        type(optimizer).step(twin)
+        step(twin)
         lengths.append(float((parameter.detach() - before).norm()))
     if not all(length > 0 for length in lengths):
         raise RuntimeError("nothing moved")

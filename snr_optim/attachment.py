@@ -80,7 +80,9 @@ class Attachment:
             self._source.remove()
             self._hook.remove()
             if vars(self._optimizer).get("zero_grad") is self._zero_grad:
-                del self._optimizer.zero_grad  # the method of its class shows again
+                del self._optimizer.zero_grad  # the method of its class shows again, or what somebody had put there
+                if self._theirs is not None:
+                    self._optimizer.zero_grad = self._theirs  # type: ignore[method-assign]
 
     @property
     def dropped(self) -> int:
@@ -115,6 +117,7 @@ class Attachment:
     def _hook_zero_grad(self) -> None:
         """There are hooks for ``step()`` alone: so this is an attribute of the optimizer, which no copy inherits."""
         original = self._optimizer.zero_grad
+        self._theirs = vars(self._optimizer).get("zero_grad")
 
         @functools.wraps(original)
         def zero_grad(*args: Any, **kwargs: Any) -> Any:

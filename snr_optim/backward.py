@@ -40,19 +40,22 @@ def accumulates_into(parameter: Tensor) -> bool:
     return True
 
 
-def depends_on(output: Tensor, leaf: Tensor) -> bool:
-    """Whether the leaf is in the graph behind a tensor."""
-    seen: set[Any] = set()
+def leaves_of(output: Tensor) -> Iterator[Tensor]:
+    """The tensors that a tensor's gradient goes to."""
     waiting: list[Any] = [output.grad_fn]
+    seen = set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if getattr(node, "variable", None) is leaf:
-            return True
-        waiting += [child for child, _ in node.next_functions]
-    return False
+        if node is not None and node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                yield node.variable
+            waiting += [child for child, _ in node.next_functions]
+
+
+def depends_on(output: Tensor, leaf: Tensor) -> bool:
+    """Whether the leaf is in the graph behind a tensor."""
+    return any(found is leaf for found in leaves_of(output))
 
 
 def keeps_graph() -> bool:
@@ -71,7 +74,7 @@ def at_end_of_backward(function: Callable[[], None]) -> None:
     queue(lambda: queue(function))
 
 
-def runs_last(handle: RemovableHandle) -> bool:
+def ensure_runs_last(handle: RemovableHandle) -> bool:
     """Whether a hook of a tensor runs after others' hooks of it, which may change the gradient; if not, from now on.
 
     Our own hooks, marked by ``changes_nothing``, may come after one another.

@@ -287,11 +287,18 @@ class MomentAverages:
         """Averages and counters (not ``smoothing``): tensors only."""
         return {name: value.clone() for name, value in vars(self).items() if name != "smoothing"}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take averages and counters over, bit for bit."""
+    def expect_state(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError unless :meth:`load_state_dict` can take this over."""
         unexpected = set(state) ^ set(self.state_dict())
         if unexpected:
             raise ValueError(f"state_dict: missing or unexpected keys {sorted(unexpected)}")
+        wrong = sorted(name for name, value in state.items() if not isinstance(value, Tensor) or value.dim())
+        if wrong:
+            raise ValueError(f"state_dict: expected 0-d tensors, got something else for {wrong}")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take averages and counters over, bit for bit."""
+        self.expect_state(state)
         vars(self).update({name: value.clone() for name, value in state.items()})
 
     def _to_state(self, value: Number) -> Tensor:

@@ -16,7 +16,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from snr_optim._lr import LR, Mark, copies_of, expect_lrs, ignores_lr, lrs_of, separate_lrs, unwrapped, write_lrs
+from snr_optim._lr import (
+    LR,
+    Mark,
+    copied,
+    copies_of,
+    expect_lrs,
+    ignores_lr,
+    lrs_of,
+    separate_lrs,
+    share_lrs,
+    unwrapped,
+    write_lrs,
+)
 from snr_optim.attachment import Attachment
 from snr_optim.moments import GradientMoments, MomentAverages
 from snr_optim.sources import AdamNorm, Norm, euclidean
@@ -58,14 +70,16 @@ class SNRAdaptiveLR(LRScheduler):
         max_factor: upper clamp, at most 1; also the factor until anything is known.
         metric: of the norms that ``attach()`` takes. ``"euclidean"``: plain 2-norms, as in the paper.
             ``"optimizer"``: the metric of Adam's step (:class:`AdamNorm`), known from the second step on; with an
-            optimizer that is no Adam, Euclidean after one warning. What is given to ``observe()`` is taken as it is.
+            optimizer that is not an Adam variant, Euclidean after one warning. What is given to ``observe()`` is taken
+            as it is.
         adapt: ``False`` measures and reports but leaves the ceiling as the learning rate.
         per_group: a factor of its own for every parameter group, from its own gradients, in place of one for all.
 
     Raises:
-        TypeError: ``optimizer`` is no ``Optimizer`` or has a group without an lr, or ``schedule`` is no ``LRScheduler``
-            that steps by itself.
-        ValueError: ``schedule`` drives another optimizer, a number is out of its range, or ``metric`` is unknown.
+        TypeError: ``optimizer`` is not an ``Optimizer`` or has a group without an lr, or ``schedule`` is not an
+            ``LRScheduler`` that steps by itself.
+        ValueError: ``schedule`` drives another optimizer, or writes several lrs into one tensor; a number is out of its
+            range, or ``metric`` is unknown.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -103,6 +117,12 @@ class SNRAdaptiveLR(LRScheduler):
                 )
             if unwrapped(schedule.optimizer) is not optimizer:
                 raise ValueError("schedule: expected a scheduler of the same optimizer")
+            if share_lrs(optimizer) and _differs_by_group(schedule):
+                raise ValueError(
+                    "schedule: it writes another lr for each parameter group, but several groups share one tensor, "
+                    "which holds the last of them. Give every group an lr of its own before building the schedule: "
+                    'for group in optimizer.param_groups: group["lr"] = group["lr"].clone()'
+                )
         if not 0 <= min_factor <= max_factor <= 1:
             raise ValueError(
                 f"min_factor, max_factor: expected 0 <= min_factor <= max_factor <= 1, got {min_factor}, {max_factor}"
@@ -129,6 +149,7 @@ class SNRAdaptiveLR(LRScheduler):
         self._dropped = 0
         self._attachment: Attachment | None = None
         self._warned = self._overwritten_before = self._observed = False
+        self._in_sequence = False  # of a SequentialLR, whose other children write the lr in their time
         self._marks: list[Mark] | None = None  # on what was written last; None while another scheduler is in charge
         self._by_value = False  # equal lrs stand for those marked: a checkpoint or a copy has put others in their place
         self._at_construction: list[LR] | None = copies_of(lrs_of(optimizer))
@@ -184,7 +205,6 @@ class SNRAdaptiveLR(LRScheduler):
             TypeError: ``moments`` is no :class:`GradientMoments`, nor a sequence of them.
             ValueError: not one for each parameter group.
         """
-        self._observed = True
         parts = [moments] if isinstance(moments, GradientMoments) else moments
         if not isinstance(parts, Sequence) or not all(isinstance(part, GradientMoments) for part in parts):
             raise TypeError(f"moments: expected GradientMoments, or one for each group, got {type(moments).__name__}")
@@ -192,6 +212,7 @@ class SNRAdaptiveLR(LRScheduler):
         groups = len(self.optimizer.param_groups)
         if len(parts) != groups and (self.per_group or parts is moments):
             raise ValueError(f"moments: expected one for each of the {groups} parameter groups, got {len(parts)}")
+        self._observed = True
         before = self._averages.observations
         self._averages.update(GradientMoments.of_parts(parts))
         for averages, part in zip(self._group_averages, parts, strict=False):
@@ -275,7 +296,7 @@ class SNRAdaptiveLR(LRScheduler):
         self.observe(moments)
         overwritten = self.last_epoch >= 0 and not self._in_charge()
         # A single step may be at another lr: torch.distributed.checkpoint makes an optimizer's state by one of lr 0.
-        if overwritten and self._overwritten_before:
+        if overwritten and self._overwritten_before and not self._in_sequence:
             self._warn_if_overwritten()
         self._overwritten_before = overwritten
 
@@ -355,6 +376,7 @@ class SNRAdaptiveLR(LRScheduler):
 
         A ``SequentialLR`` starts its children anew, when it has put the ``initial_lr`` of all groups back.
         """
+        self._in_sequence = self._at_construction is None
         initial = [group["initial_lr"] for group in self.optimizer.param_groups]
         self.base_lrs = copies_of(initial if self._at_construction is None else self._at_construction)
 
@@ -475,7 +497,7 @@ class SNRAdaptiveLR(LRScheduler):
             "last_epoch": self.last_epoch,
             "step_count": self._step_count,
             "in_charge": self._in_charge(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "schedule": None if self.schedule is None else copied(self.schedule.state_dict()),
             "schedule_type": type(self.schedule).__name__,
         }
 
@@ -501,8 +523,10 @@ class SNRAdaptiveLR(LRScheduler):
             )
         if len(state_dict["group_averages"]) != len(self._group_averages):
             raise ValueError("state_dict: expected the state of a scheduler with the same per_group")
+        for averages in (state_dict["averages"], *state_dict["group_averages"]):
+            self._averages.expect_state(averages)
         if self.schedule is not None:
-            self.schedule.load_state_dict(state_dict["schedule"])
+            self.schedule.load_state_dict(copied(state_dict["schedule"]))
         self._averages.load_state_dict(state_dict["averages"])
         for averages, state in zip(self._group_averages, state_dict["group_averages"], strict=True):
             averages.load_state_dict(state)
@@ -513,3 +537,11 @@ class SNRAdaptiveLR(LRScheduler):
         if state_dict["in_charge"]:
             self._write_lr()
         self._last_lr, self._by_value = copies_of(state_dict["last_lr"]), True
+
+
+def _differs_by_group(schedule: Any) -> bool:
+    """Whether a schedule was given something else for each parameter group."""
+    children = getattr(schedule, "_schedulers", ())
+    functions = {id(function) for function in getattr(schedule, "lr_lambdas", ())}
+    peaks = {float(group["max_lr"]) for group in schedule.optimizer.param_groups if "max_lr" in group}
+    return len(functions) > 1 or len(peaks) > 1 or any(map(_differs_by_group, children))

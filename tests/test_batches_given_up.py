@@ -194,6 +194,22 @@ def test_zero_grad_is_the_optimizers_own_again_after_remove():
     assert vars(run.optimizer)["zero_grad"] is theirs  # put there since: not ours to take
 
 
+def test_zero_grad_of_somebody_else_is_called_and_stays():
+    run, called = Run(), []
+    run.handle.remove()
+    original = run.optimizer.zero_grad
+
+    def theirs(*args, **kwargs):
+        called.append(1)
+        original(*args, **kwargs)
+
+    run.optimizer.zero_grad = theirs
+    with run.scheduler.attach(run.model):
+        run.optimizer.zero_grad()
+    assert run.optimizer.zero_grad is theirs
+    assert called == [1]
+
+
 def test_an_optimizer_that_never_steps_is_named_once():
     class TwoPhases(torch.optim.SGD):
         def second_step(self):

@@ -307,6 +307,8 @@ class Counted(nn.Module):
         errors = (self.layer(x).squeeze(-1) - 1).square()[labels != -100]
         if self.how == "left unused" or num_items_in_batch is None:
             return {"loss": errors.mean()}
+        if self.how == "as a number":
+            return {"loss": errors.sum() / int(num_items_in_batch.item())}
         return {"loss": errors.sum() / num_items_in_batch + (0.01 * errors.mean() if self.how == "and a term" else 0)}
 
 
@@ -322,7 +324,7 @@ def labelled_rows():
     return rows
 
 
-@pytest.mark.parametrize("how", ["divided", "left unused", "and a term"])
+@pytest.mark.parametrize("how", ["divided", "as a number", "left unused", "and a term"])
 def test_a_micro_batch_counts_by_its_labels_where_the_loss_divides_by_them_and_like_others_where_not(tmp_path, how):
     rows, model = labelled_rows(), Counted(how)
     gradients = [gradients_of_mean(row) for row in rows]
@@ -349,6 +351,48 @@ def gradients_of_mean(row):
     model = Counted("left unused")
     model(row["x"], row["labels"])["loss"].backward()
     return [p.grad for p in model.parameters()]
+
+
+def test_a_causal_lm_predicts_all_labels_but_the_first_and_counts_so(tmp_path):
+    """Rows without a masked prompt, of lengths so short that the first label matters."""
+    model, rows = tiny_qwen3(), []
+    for number, length in enumerate((4, 16, 6, 24)):
+        ids = torch.randint(20, (length,), generator=torch.Generator().manual_seed(number))
+        rows.append({"input_ids": ids, "labels": ids})
+    gradients = []
+    for row in rows:
+        twin = tiny_qwen3()
+        twin(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss.backward()
+        gradients.append([p.grad for p in twin.parameters()])
+    expected = GradientMoments.from_gradients(gradients, shares=[len(row["labels"]) - 1 for row in rows]).lr_factor
+    callback = SNRCallback(smoothing=0.0, min_factor=0.0, adapt=False)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=1,
+        learning_rate=0.1, optim="sgd", save_strategy="no", use_cpu=True, report_to="none", disable_tqdm=True,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
+    assert callback.metrics()["factor"] == pytest.approx(min(1.0, max(0.0, expected)), abs=1e-4)
+
+
+def test_methods_that_somebody_put_on_a_trainer_are_called_and_stay(tmp_path):
+    model, calls = Counted("divided"), []
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=1,
+        save_strategy="no", use_cpu=True, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, args, train_dataset=labelled_rows(), callbacks=[SNRCallback()])
+    inner = trainer.compute_loss
+
+    def theirs(*args, **kwargs):
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    trainer.compute_loss = theirs
+    trainer.train()
+    assert len(calls) == 4
+    assert vars(trainer)["compute_loss"] is theirs
+    assert not vars(trainer).keys() & {"training_step", "get_batch_samples"}
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from snr_optim import GradientMoments, SNRAdaptiveLR
 
@@ -256,6 +257,86 @@ def test_an_inner_schedule_that_fails_leaves_the_lr_as_it_was(kind):
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(before / 5)
 
 
+def test_a_schedule_that_differs_by_group_wants_a_tensor_for_each_group():
+    def groups():
+        lr = lr_of("tensor")
+        return torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))]} for _ in range(2)], lr=lr, foreach=False)
+
+    optimizer = groups()
+    with pytest.raises(ValueError, match="several groups share one tensor"):
+        SNRAdaptiveLR(optimizer, LambdaLR(optimizer, [lambda _: 0.5, lambda _: 1.0]))
+    optimizer = groups()
+    for group in optimizer.param_groups:  # the way out
+        group["lr"] = group["lr"].clone()
+    SNRAdaptiveLR(optimizer, LambdaLR(optimizer, [lambda _: 0.5, lambda _: 1.0]))
+    assert [group["lr"].item() for group in optimizer.param_groups] == [0.05, 0.1]
+    optimizer = groups()
+    SNRAdaptiveLR(optimizer, LambdaLR(optimizer, lambda _: 0.5))  # the same for all: nothing is lost
+    assert [group["lr"].item() for group in optimizer.param_groups] == [0.05, 0.05]
+
+
+def test_views_of_one_tensor_are_one_lr():
+    lr = lr_of("tensor")
+    parts = [{"params": [nn.Parameter(torch.ones(1))], "lr": one} for one in (lr, lr.view(()), lr.detach())]
+    optimizer = torch.optim.SGD(parts, lr=0.1, foreach=False)
+    scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0, per_group=True)
+    scheduler.observe([HALF, TENTH, HALF])
+    assert [group["lr"].item() for group in optimizer.param_groups] == pytest.approx([0.05, 0.01, 0.05])
+
+
+def test_the_state_of_an_inner_schedule_is_not_shared_either():
+    def scheduled():
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=lr_of("tensor"), foreach=False)
+        return SNRAdaptiveLR(optimizer, ExponentialLR(optimizer, 0.5), smoothing=0.0)
+
+    first, second, third = scheduled(), scheduled(), scheduled()
+    first.state_dict()["schedule"]["base_lrs"][0].fill_(9.0)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    third.load_state_dict(state)
+    state["schedule"]["base_lrs"][0].fill_(9.0)
+    for scheduler in (first, second, third):
+        assert float(scheduler.schedule.base_lrs[0]) == 0.1
+    assert second.schedule.base_lrs[0] is not third.schedule.base_lrs[0]
+
+
+def test_a_state_that_is_refused_changes_nothing_not_even_the_inner_schedule():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    scheduler = SNRAdaptiveLR(optimizer, ExponentialLR(optimizer, 0.5), smoothing=0.0)
+    state = scheduler.state_dict()
+    state["schedule"]["last_epoch"] = 7
+    for averages in ({}, {**state["averages"], "weight": torch.zeros(2)}, {**state["averages"], "weight": 0.0}):
+        with pytest.raises(ValueError, match="state_dict"):
+            scheduler.load_state_dict({**state, "averages": averages})
+        assert scheduler.schedule.last_epoch == 0
+
+
+def test_another_child_of_a_sequential_lr_is_not_reported():
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = SNRAdaptiveLR(optimizer)
+    both = SequentialLR(optimizer, [scheduler, ExponentialLR(optimizer, 0.5)], milestones=[1])
+    scheduler.attach(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            for _ in range(2):
+                model(torch.randn(3)).sum().backward()
+            optimizer.step()
+            both.step()
+            optimizer.zero_grad()
+
+
+def test_an_observation_that_is_refused_does_not_count_as_one():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    scheduler = SNRAdaptiveLR(optimizer)
+    with pytest.raises(TypeError):
+        scheduler.observe(3)
+    optimizer.step()
+    with pytest.warns(UserWarning, match="nothing measures"):
+        scheduler.step()
+
+
 def test_the_end_of_an_inner_schedule_shows_where_trainers_look_for_it():
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
     assert not hasattr(SNRAdaptiveLR(optimizer), "total_steps")
@@ -305,15 +386,32 @@ def test_an_optimizer_whose_steps_do_not_depend_on_its_lr_is_named(make, kind):
         SNRAdaptiveLR(make([nn.Parameter(torch.ones(1))], lr=lr_of(kind)))
 
 
-@pytest.mark.parametrize("make", [Own, Outer])
+class Noisy(Own):
+    """Moves by the lr of its group up to a bound, with noise that it draws."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                noise = 1 + 0.01 * torch.randn_like(p.grad)
+                p.data.add_(p.grad * noise, alpha=-min(float(group["lr"]), 0.01))
+
+
+@pytest.mark.parametrize("make", [Own, Noisy, Outer])
 def test_other_optimizers_are_not_and_trying_them_out_moves_nothing(make):
     p = nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     optimizer = make([p], lr=0.1)
     LambdaLR(optimizer, lambda _: 1.0)  # puts a step() into the optimizer that is bound to it
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        SNRAdaptiveLR(optimizer)
+    random, steps = torch.get_rng_state(), []
+    hook = register_optimizer_step_pre_hook(lambda *_: steps.append(1))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            SNRAdaptiveLR(optimizer)
+    finally:
+        hook.remove()
+    assert torch.equal(random, torch.get_rng_state())
+    assert not steps
     assert p.tolist() == [1.0, 1.0]
     assert not optimizer.state
 

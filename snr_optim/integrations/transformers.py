@@ -11,7 +11,6 @@ import math
 import sys
 import warnings
 from contextlib import ExitStack
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -24,6 +23,8 @@ from transformers.trainer_callback import ExportableState
 from snr_optim.backward import depends_on
 from snr_optim.integrations.scaled_steps import ScaledSteps, check_options
 from snr_optim.scheduler import SNRAdaptiveLR
+
+IGNORE_INDEX = -100  # labels that are not predicted
 
 
 class SNRCallback(TrainerCallback, ExportableState):
@@ -164,66 +165,91 @@ class TokenShares:
     """Micro-batches of a Trainer that divides losses by the labels of the whole batch: each counts by its labels.
 
     The Trainer hands the number of these labels to every model that takes keywords, but some leave it unused
-    (transformers#47688), so that each micro-batch is a mean and counts as much as any other. Which it is, the graph of
-    the first loss tells: whether that number is in it.
+    (transformers#47688), so that each micro-batch is a mean and counts as much as any other. Which it is, the first
+    loss tells: whether that number is in its graph or, where it is not, whether the loss changes with it.
 
     In the place of three methods of the Trainer, until removed: those that fetch the micro-batches of a step, compute
-    the loss of one, and run its backward pass.
+    the loss of one, and run its backward pass. What somebody else has put there is what they call.
     """
 
     def __init__(self, trainer: Trainer, steps: ScaledSteps) -> None:
         self._trainer, self._steps = trainer, steps
         self._labels: list[float] = []  # of the micro-batches to come
-        self._divides: bool | None = None  # does the loss divide by the labels of the batch? None: not seen yet
+        # Does the loss divide by the labels of the batch? None: not seen yet. Of a function of the user's own the
+        # Trainer takes it for granted.
+        self._divides: bool | None = True if trainer.compute_loss_func is not None else None
         self._micro_batch: ExitStack | None = None  # the one whose loss is to be computed
-        vars(trainer).update(
-            get_batch_samples=self._get_batch_samples,
-            compute_loss=self._compute_loss,
-            training_step=self._training_step,
-        )
+        self._ours = {
+            "get_batch_samples": self._get_batch_samples,
+            "compute_loss": self._compute_loss,
+            "training_step": self._training_step,
+        }
+        self._theirs = {name: getattr(trainer, name) for name in self._ours}
+        self._on_instance = vars(trainer).keys() & self._ours.keys()
+        vars(trainer).update(self._ours)
 
     def remove(self) -> None:
-        for name in ("get_batch_samples", "compute_loss", "training_step"):
-            vars(self._trainer).pop(name, None)
+        """Put back what was there, unless somebody has replaced ours since."""
+        for name, method in self._ours.items():
+            if vars(self._trainer).get(name) == method:
+                del vars(self._trainer)[name]
+                if name in self._on_instance:
+                    vars(self._trainer)[name] = self._theirs[name]
 
     def _get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        trainer = self._trainer
-        batches, number = type(trainer).get_batch_samples(trainer, *args, **kwargs)
+        batches, number = self._theirs["get_batch_samples"](*args, **kwargs)
         if number is None:  # losses are means
             self._labels = []
         else:  # the host waits once for each step
-            counts = [batch["labels"].ne(-100).sum() for batch in batches]
+            counts = [self._counted(batch).ne(IGNORE_INDEX).sum() for batch in batches]
             self._labels = torch.stack(counts).clamp_min(1).tolist()
         return batches, number
+
+    def _counted(self, batch: dict[str, Tensor]) -> Tensor:
+        """The labels that the Trainer counts: a causal LM predicts all but the first, unless they came shifted."""
+        if "shift_labels" in batch:
+            return batch["shift_labels"]
+        return batch["labels"][..., 1:] if getattr(self._trainer, "_loss_shifts_labels", False) else batch["labels"]
 
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as micro_batch:
             self._micro_batch = micro_batch if self._labels else None
             try:
-                return type(self._trainer).training_step(self._trainer, *args, **kwargs)
+                return self._theirs["training_step"](*args, **kwargs)
             finally:
                 self._micro_batch = None
 
     def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Between the forward pass and the backward pass of a micro-batch: now its share can be known."""
         micro_batch, self._micro_batch = self._micro_batch, None
-        compute = partial(type(self._trainer).compute_loss, self._trainer)
+        compute = self._theirs["compute_loss"]
         if micro_batch is None:  # an evaluation
             return compute(*args, **kwargs)
         labels = self._labels.pop(0)
         number = kwargs.get("num_items_in_batch")
         if self._divides is None and isinstance(number, Tensor):
+            given = tuple(dict(value) if isinstance(value, dict) else value for value in args)  # compute pops labels
             number = number.detach().to(torch.float32).requires_grad_()
             returned = compute(*args, **{**kwargs, "num_items_in_batch": number})
-            loss = returned[0] if isinstance(returned, tuple) else returned
+            loss = _loss_of(returned)
             if loss.grad_fn is not None:
-                self._divides = depends_on(loss, number)
+                self._divides = depends_on(loss, number) or self._changes(compute, given, kwargs)
                 self._say_if_it_is_left_unused()
         else:
             returned = compute(*args, **kwargs)
         if self._divides is not False:
             micro_batch.enter_context(self._steps.handle.sub_batch(size=labels))
         return returned
+
+    def _changes(self, compute: Any, given: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether the loss is another one for another number of labels, which it may take as a Python number."""
+        losses = []
+        for factor in (1, 2):
+            number = {"num_items_in_batch": kwargs["num_items_in_batch"] * factor}
+            copies = tuple(dict(value) if isinstance(value, dict) else value for value in given)
+            with torch.random.fork_rng(), torch.no_grad():  # the same dropout for both
+                losses.append(_loss_of(compute(*copies, **{**kwargs, **number})).detach())
+        return bool(torch.ne(*losses))
 
     def _say_if_it_is_left_unused(self) -> None:
         if self._divides or getattr(self._trainer, "loss_is_scaled_for_ga", None) is False:
@@ -236,6 +262,11 @@ class TokenShares:
             "trainer.model_accepts_loss_kwargs = False before train() to have that.",
             stacklevel=2,
         )
+
+
+def _loss_of(returned: Any) -> Tensor:
+    loss: Tensor = returned[0] if isinstance(returned, tuple) else returned
+    return loss
 
 
 def _trainer_of(callback: SNRCallback, state: TrainerState) -> Trainer:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snr_optim.backward import current_backward, keeps_graph, runs_last
+from snr_optim.backward import current_backward, ensure_runs_last, keeps_graph
 from snr_optim.per_sample.graph import mark_as_observed, observed_at
 
 
@@ -86,7 +86,7 @@ class Observation:
         mark_as_observed(output, self._handle)
 
     def __call__(self, gradient: Tensor) -> None:
-        if runs_last(self._handle):
+        if ensure_runs_last(self._handle):
             self._take(gradient)
         else:  # others' hooks run after this call: hooks of the node come after all those of its tensors
             self._take_later(torch._C._current_autograd_node())

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
-from snr_optim.backward import runs_last
+from snr_optim.backward import ensure_runs_last
 
 _OBSERVED = "snr_optim: our hooks at the outputs of this node, by the number of the output"
 
@@ -26,19 +26,6 @@ def observed_at(node: Any) -> dict[int, list[RemovableHandle]]:
     """Our hooks at the outputs of a node."""
     found: dict[int, list[RemovableHandle]] = node.metadata.get(_OBSERVED, {})
     return found
-
-
-def leaves_of(output: Tensor) -> Iterator[Tensor]:
-    """The tensors that a tensor's gradient goes to."""
-    stack: list[Any] = [output.grad_fn]
-    seen = set()
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            if hasattr(node, "variable"):
-                yield node.variable
-            stack += [child for child, _ in node.next_functions]
 
 
 class Survey:
@@ -75,7 +62,7 @@ class Survey:
         here = observed_at(node)
         for handles in here.values():
             for handle in handles:
-                runs_last(handle)
+                ensure_runs_last(handle)
         below = any(self._observed[child] for child in children)
         self._observed[node] = below or bool(here)
         if hasattr(node, "variable"):

@@ -51,6 +51,8 @@ class ForwardHook:
 
     def __init__(self, recorder: Callable[[], Recorder | None], layer: Layer) -> None:
         self.recorder, self.layer = recorder, layer
+        self.tried: list[Callable[[], Any]] = []  # hooks before this one, whose verdict is known
+        self.verdict: str | None = None
 
     def __deepcopy__(self, memo: Any) -> Any:
         return _nothing
@@ -92,7 +94,8 @@ class ForwardHook:
     def _changed_by(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> str | None:
         """Hooks that ran before this one and changed the output; None where there are none, the rule.
 
-        Whether they changed it is seen by what the layer's own forward returns when it is called again.
+        Whether they changed it is seen by what the layer's own forward returns when it is called again: once for the
+        same hooks, or a profiler that hooks all modules would count every layer twice.
         """
         if not _global_forward_hooks and next(iter(module._forward_hooks.values())) is self:
             return None
@@ -100,10 +103,19 @@ class ForwardHook:
         strangers = [hook for hook in (*_global_forward_hooks.values(), *own) if not isinstance(hook, ForwardHook)]
         if not strangers:
             return None
+        if [reference() for reference in self.tried] == strangers:
+            return self.verdict
+        self.tried = [_weakly(hook) for hook in strangers]
+        self.verdict = self._verdict(module, args, kwargs, output, strangers)
+        return self.verdict
+
+    def _verdict(
+        self, module: nn.Module, args: Any, kwargs: Any, output: Tensor, strangers: list[Callable[..., Any]]
+    ) -> str | None:
         hooks: Any = module._forward_hooks
         place = next(number for number, hook in hooks.items() if hook is self)
         hooks.move_to_end(place, last=False)  # before theirs, from the next call on
-        with torch.no_grad(), replaying():
+        with torch.random.fork_rng(), torch.no_grad(), replaying():
             again = without_hooks(module, module._parameters).forward(*args, **kwargs)
         if again.shape == output.shape and torch.allclose(
             again, output.to(again.dtype), rtol=0.0, atol=0.0, equal_nan=True
@@ -131,6 +143,14 @@ def whole_of(output: Tensor) -> Tensor:
     if base is None or base.grad_fn is None or base.numel() != output.numel():
         return output
     return base if base.is_contiguous() and output.is_contiguous() else output
+
+
+def _weakly(hook: Any) -> Callable[[], Any]:
+    """A weak reference, also to a method; what takes none is held."""
+    try:
+        return weakref.WeakMethod(hook) if hasattr(hook, "__self__") else weakref.ref(hook)
+    except TypeError:
+        return lambda: hook
 
 
 def _nothing(*arguments: Any, **keywords: Any) -> None:

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from snr_optim.backward import leaves_of
 from snr_optim.kernels._launch import exact_dtype
-from snr_optim.per_sample.graph import leaves_of
 from snr_optim.per_sample.layout import Layout
 from snr_optim.per_sample.probe import kind_of_norm, scale_of_embedding
 from snr_optim.per_sample.uses import BiasUse, MatrixUse, PerUnitUse, ScaleUse, Source, Use

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from snr_optim.backward import accumulates_into, at_end_of_backward, current_backward, is_nested_backward, runs_last
+from snr_optim.backward import (
+    accumulates_into,
+    at_end_of_backward,
+    current_backward,
+    ensure_runs_last,
+    is_nested_backward,
+)
 from snr_optim.moments import ROUNDING, GradientMoments
 from snr_optim.sources.norms import Norm, euclidean
 from snr_optim.sources.record import (
@@ -259,7 +265,7 @@ class AccumulationSource:
     def _keep_order(self, arriving: int) -> None:
         """Others may register hooks at any time: ours run after theirs on gradients, and around theirs on ``.grad``."""
         for index, handle in self._hooks.items():
-            moved = not runs_last(handle)
+            moved = not ensure_runs_last(handle)
             # For the gradient that is arriving the order stood. In a first sub-batch .grad tells whether it mattered.
             if moved and index == arriving and (self._batch.sizes or not self._compares):
                 self._batch.fault = LATE_HOOK

@@ -48,10 +48,11 @@ class AdamNorm:
         return {"betas", "eps"} <= optimizer.defaults.keys()
 
     def __call__(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """``||g||_P``; NaN before the first step, when there is no second moment yet."""
+        """``||g||_P``; NaN before the first step, when there is no second moment yet, but 0 for zeros."""
         state = self._optimizer.state.get(parameter)
         if not state:
-            return torch.full((), torch.nan, device=gradient.device)
+            norm = euclidean(parameter, gradient)
+            return torch.where(norm == 0, norm, torch.nan)
         if not {"exp_avg_sq", "step"} <= state.keys():
             return self._fall_back(parameter, gradient)
         settings = self._settings_of(parameter)

@@ -295,7 +295,11 @@ class Oracle:
 
     def _begin(self) -> None:
         """A sub-batch begins; with it a new batch, where ``.grad`` was cleared or changed before."""
-        if self.may_be_cleared:
+        if self.may_be_cleared and self.broken:  # likewise, whether what failed and was written to is over
+            self.happened["dropped"] += 1
+            self.perhaps_unstepped += 1
+            self._new_batch()
+        elif self.may_be_cleared:
             self._drop()
         elif self.broken:  # whether the batch goes on, or another one begins that is invalid too, no rule says
             self.unsure += 1
@@ -344,6 +348,8 @@ class Oracle:
             h = [one.gradients.get(name) for one in self.batch]
             present = [(n / math.fsum(sizes), g) for n, g in zip(sizes, h, strict=True) if g is not None]
             if present:
+                if all(not g.any() for _, g in present) and not self.optimizer.state.get(self.params[name]):
+                    continue  # whose norm is 0, though nothing is known of the metric
                 metric = self._metric(name)
                 sq_norm += (metric * sum(g for _, g in present).square()).sum().item()
                 mean_sq += math.fsum(c * (metric * (g / c).square()).sum().item() for c, g in present)
