@@ -49,7 +49,8 @@ def model_logprob_stats(
     sequence, by a hook) and masks of words (padding of the vocabulary, image tokens) are then taken over; anything else
     is refused. What cannot be seen: what is done to single words in single rows; what depends on several logits, unless
     it shows on two rows of numbers; and where words are looked up by their numbers, what differs among the positions of
-    a sequence. Hooks of the head, of the model and of what wraps it run three times more, on such numbers. What a model
+    a sequence. Hooks of the head, of the model and of what wraps it run three times more, on such numbers,
+    and the host reads what came out, so that it waits for the device about a dozen times in a call. What a model
     adds to its loss (a router's, for one) is not in the result.
 
     While it runs, no other thread may call the model. Checkpoint layers, or this call, but not the model within it.

@@ -289,3 +289,22 @@ def test_adapters_on_hooked_layers(alone):
     with norms.sequences(batch_size=3):
         norms.backward(total) if alone else total.backward()
     torch.testing.assert_close(norms.squared(), torch.stack(true), rtol=1e-6, atol=0.0)  # norms compute in float32
+
+
+def test_observers_of_all_modules_do_not_make_layers_run_twice(monkeypatch):
+    """As profilers observe them: they would count double."""
+    model, calls = Model(), []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: (calls.append(1), linear(*args))[1])
+    norms = PerSampleGradNorms(model)
+    with_hook = register_module_forward_hook(lambda module, args, output: None)
+    try:
+        log_probs(model)  # the first call is compared
+        calls.clear()
+        log_probs(model)
+        assert len(calls) == 3
+        with norms.sequences(batch_size=B):
+            norms.backward(log_probs(model).sum())
+    finally:
+        with_hook.remove()
+    assert torch.allclose(norms.squared(), truth(model), rtol=RTOL)

@@ -50,7 +50,7 @@ class AdamNorm:
     def __call__(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """``||g||_P``; NaN before the first step, when there is no second moment yet, but 0 for zeros."""
         state = self._optimizer.state.get(parameter)
-        if not state:
+        if not state or _has_not_stepped(state):
             norm = euclidean(parameter, gradient)
             return torch.where(norm == 0, norm, torch.nan)
         if not {"exp_avg_sq", "step"} <= state.keys():
@@ -79,6 +79,12 @@ class AdamNorm:
             self._group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
         settings: dict[str, Any] = groups[self._group_of[id(parameter)]]
         return settings
+
+
+def _has_not_stepped(state: dict[str, Any]) -> bool:
+    """Whether the state was made by a step that a ``GradScaler`` skipped; a step count on a device is not asked."""
+    step = state.get("step", 1)
+    return bool(step == 0) if not isinstance(step, Tensor) or step.device.type == "cpu" else False
 
 
 def _double(step: Any) -> Any:
