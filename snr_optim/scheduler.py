@@ -464,7 +464,7 @@ class SNRAdaptiveLR(LRScheduler):
         if added and self.schedule is not None:
             raise RuntimeError(
                 "optimizer: a param group was added after schedule= was built, which torch's schedulers do not "
-                "support; build both schedulers anew"
+                "support; remove() the handle, put the ceilings back into the groups, build both schedulers anew"
             )
         if added:
             separate_lrs(self.optimizer)  # a group without an lr of its own was given the very tensor of the defaults
@@ -522,7 +522,9 @@ class SNRAdaptiveLR(LRScheduler):
                 f"got {len(state_dict['base_lrs'])}"
             )
         if len(state_dict["group_averages"]) != len(self._group_averages):
-            raise ValueError("state_dict: expected the state of a scheduler with the same per_group")
+            raise ValueError(
+                f"state_dict: expected that of a scheduler with per_group={self.per_group}, as here; it has another"
+            )
         for averages in (state_dict["averages"], *state_dict["group_averages"]):
             self._averages.expect_state(averages)
         if self.schedule is not None:

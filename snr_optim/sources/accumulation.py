@@ -33,7 +33,7 @@ from snr_optim.sources.record import (
 )
 
 FAILED = "a backward pass failed half-way"
-LATE_HOOK = "somebody else's hook on a parameter was registered after ours, and ran after it this once"
+LATE_HOOK = "somebody else's hook on a parameter was registered after ours; it counts from the next batch on"
 FREED = "a .grad was gone when its backward pass was over: freed, or used for a step, while backward() ran"
 
 
@@ -322,7 +322,10 @@ class AccumulationSource:
             return
         batch, size = self._batch, sub_batch.size
         if batch.sizes and batch.stated != (size is not None):
-            batch.fault = batch.fault or "some sub-batches have their sizes stated and some have not"
+            batch.fault = batch.fault or (
+                "some sub-batches have their sizes stated and some have not: put every backward() of the batch into a "
+                "sub_batch(), with size=1 for equal means, or none"
+            )
         if sub_batch.in_pieces:
             batch.fault = (
                 batch.fault or "a parameter got its gradient in pieces: reentrant checkpointing of a shared module?"
@@ -387,7 +390,8 @@ class AccumulationSource:
         if scaled.device.type == "cpu" and must_be_zero != 0:  # elsewhere it would wait
             batch.fault = batch.fault or (
                 ".grad was not empty before its first backward pass (zero_grad() forgotten?), was changed between "
-                "two of them, or is not what the hooks saw (a later hook changes the gradient?)"
+                "two of them or by a post-accumulate hook (clip after the last one, or by register_hook), or is not "
+                "what our hooks saw: a hook that was registered later counts from the next batch on"
             )
         if not batch.reduced:
             batch.fault = batch.fault or "after its last backward pass .grad was not reduced over the ranks (no_sync?)"
