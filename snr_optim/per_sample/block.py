@@ -102,6 +102,6 @@ class Block:
                 raise RuntimeError(
                     f"{name!r} is used {uses} times in the graph, and {self.reported[name]} times by the layers that "
                     "own it: also elsewhere, by a functional call or a fused loss, where no hook sees it; "
-                    "leave it out by parameters=, and add head_grad_norms if it is an untied head; with a tied one take "
-                    "the logits"
+                    "leave it out by parameters=, and add head_grad_norms if it is an untied head; with a tied one "
+                    "take the logits"
                 )
