@@ -153,10 +153,8 @@ class AccumulationSource:
             raise RuntimeError("sub_batch: the previous sub-batch is still open")
         if not self._handles:
             raise RuntimeError("sub_batch: the source was removed")
-        if self._running and all(p.grad is None for p in self.parameters):  # the pass failed, and was cleared away
+        if self._running:  # a pass failed: whether it was cleared away, the norm of .grad tells in the next batch
             self.on_cleared()
-        elif self._running:
-            self._fail()
         self._close()
         self._stated_size, self._given_up = float(size), False
         try:
