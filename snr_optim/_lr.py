@@ -30,7 +30,8 @@ def lrs_of(optimizer: Optimizer) -> list[LR]:
 
 def copies_of(lrs: list[LR]) -> list[LR]:
     """Numbers, and tensors that nobody else holds."""
-    return [lr.detach().clone() if isinstance(lr, Tensor) else lr for lr in lrs]
+    copies: list[LR] = copied(lrs)
+    return copies
 
 
 def copied(value: Any) -> Any:

@@ -36,6 +36,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
+def one_thread():
+    """For models of a few dozen numbers, which several threads would only wait for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def float64():
     """Models of transformers compute in float64 throughout, where they are float64 models."""
     from language_models import float64_throughout

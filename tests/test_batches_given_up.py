@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -110,12 +111,8 @@ def test_a_batch_that_is_cleared_counts_at_once_and_once(how, stated):
 @pytest.mark.parametrize("within", [True, False])
 def test_after_a_pass_that_failed_and_was_cleared_the_batch_begins_anew(how, within):
     run = Run()
-    if within:
-        with pytest.raises(MemoryError), run.handle.sub_batch(1):
-            run.fail()
-    else:
-        with pytest.raises(MemoryError):
-            run.fail()
+    with pytest.raises(MemoryError), run.handle.sub_batch(1) if within else nullcontext():
+        run.fail()
     run.clear(how)
     run.sub_batches(0.0, 2.0, 3.0)
     run.expect_step(0.0, 2.0, 3.0)
@@ -126,12 +123,8 @@ def test_after_a_pass_that_failed_and_was_cleared_the_batch_begins_anew(how, wit
 def test_a_pass_that_failed_and_was_not_cleared_makes_the_batch_invalid(within):
     run = Run()
     run.sub_batches(2.0)
-    if within:
-        with pytest.raises(MemoryError), run.handle.sub_batch(1):
-            run.fail()
-    else:
-        with pytest.raises(MemoryError):
-            run.fail()
+    with pytest.raises(MemoryError), run.handle.sub_batch(1) if within else nullcontext():
+        run.fail()
     run.sub_batches(0.0, 3.0)
     with pytest.warns(UserWarning, match="half-way" if within else "not empty"):
         run.optimizer.step()

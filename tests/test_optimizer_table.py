@@ -74,12 +74,7 @@ ROWS = [row for row in TABLE if hasattr(torch.optim, row.name)]  # Muon is new
 CELLS = [(row, how) for row in ROWS for how in IMPLEMENTATIONS if how in {"plain", *settings_of(row)}]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models of thirty numbers
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Sparse(nn.Module):

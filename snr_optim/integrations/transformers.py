@@ -21,10 +21,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from snr_optim.backward import depends_on
+from snr_optim.causal_lm import IGNORE_INDEX
 from snr_optim.integrations.scaled_steps import ScaledSteps, check_options
 from snr_optim.scheduler import SNRAdaptiveLR
-
-IGNORE_INDEX = -100  # labels that are not predicted
 
 
 class SNRCallback(TrainerCallback, ExportableState):

@@ -181,9 +181,7 @@ class AccumulationSource:
 
     def was_cleared(self) -> bool:
         """Whether a ``.grad`` has gone since the last backward pass, so that the batch will be dropped."""
-        pairs = zip(self._states, self.parameters, strict=False)
-        begun = bool(self._batch.sizes) or self._sub_batch is not None
-        return begun and any(p.grad is None and not state.empty for state, p in pairs)
+        return bool(self._batch.sizes or self._sub_batch is not None) and self._gone()
 
     def remove(self) -> None:
         """Take the hooks off; the source yields nothing any more."""
@@ -338,6 +336,10 @@ class AccumulationSource:
 
     def _grad_states(self) -> list[GradState]:
         return [GradState(p) for p in self.parameters]
+
+    def _gone(self) -> bool:
+        """Is there no ``.grad`` where the last backward pass has left one?"""
+        return any(p.grad is None and not state.empty for state, p in zip(self._states, self.parameters, strict=False))
 
     def _changed(self) -> bool:
         """Has anyone cleared or replaced ``.grad`` since the last backward pass?"""

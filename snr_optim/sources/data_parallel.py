@@ -112,8 +112,7 @@ class DistributedDataParallelSource(DataParallelSource):
 
     def _changed(self) -> bool:
         if any(wrapper.gradient_as_bucket_view for wrapper in self._wrappers):  # DDP itself may have replaced the views
-            pairs = zip(self._states, self.parameters, strict=False)
-            return any(p.grad is None and not state.empty for state, p in pairs)
+            return self._gone()
         return super()._changed()
 
     def _undisturbed(self) -> list[int]:
