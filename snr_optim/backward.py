@@ -19,6 +19,11 @@ from torch.autograd.function import BackwardCFunction
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+# The code of torch's own functions, taken when they are imported: others may put theirs around them later.
+_RUNS_STEP_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__  # one for all classes of optimizers
+_BACKWARD_OF_FUNCTION = BackwardCFunction.apply.__code__
+_STEP_OF_SCALER = GradScaler.step.__code__
+
 
 def current_backward() -> int:
     """A number of its own for every run of the autograd engine; -1 outside of one."""
@@ -94,18 +99,21 @@ def is_nested_backward() -> bool:
 
     That is how reentrant checkpoints recompute, torch's own and those of others.
     """
-    return next(_callers(BackwardCFunction.apply.__code__), None) is not None
+    return next(_callers(_BACKWARD_OF_FUNCTION), None) is not None
 
 
 def is_nested_step(optimizer: Optimizer) -> bool:
-    """Whether a ``step()`` of this optimizer runs within another one of it, as when it calls ``super().step()``."""
-    code = type(optimizer).step.__code__  # the wrapper that runs the hooks, the same for every class
-    return sum(frame.f_locals["args"][0] is optimizer for frame in _callers(code)) > 1
+    """Whether a ``step()`` of this optimizer runs within another one of it, as when it calls ``super().step()``.
+
+    Counts the frames of torch's wrapper that runs the hooks. The class's own ``step`` may be another function around
+    it: the first ``torch.compile`` of a process puts one around ``SparseAdam.step``, through which our hooks run too.
+    """
+    return sum(frame.f_locals["args"][0] is optimizer for frame in _callers(_RUNS_STEP_HOOKS)) > 1
 
 
 def loss_scale() -> Tensor | None:
     """The scale of the ``GradScaler`` whose ``step()`` is running, if one is, and is enabled."""
-    frame = next(_callers(GradScaler.step.__code__), None)
+    frame = next(_callers(_STEP_OF_SCALER), None)
     scale: Tensor | None = None if frame is None else getattr(frame.f_locals["self"], "_scale", None)
     return scale
 

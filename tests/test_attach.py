@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import math
 import weakref
@@ -163,6 +164,38 @@ def test_trap_13_an_optimizer_that_clears_grad_in_step():
         optimizer.step()
         assert_measured(handle, expected)
     assert scheduler.metrics()["observations"] == 3
+
+
+def around(function):
+    @functools.wraps(function)
+    def other(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return other
+
+
+@pytest.mark.parametrize("wrapped", [torch.compiler.disable, around], ids=["compiler.disable", "around"])
+def test_functions_that_others_put_around_torchs_own(wrapped, monkeypatch):
+    """As the first torch.compile of a process does to SparseAdam.step; our own hooks are wrapped in the same way."""
+
+    class Wrapped(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    Wrapped([torch.ones(1, requires_grad=True)], lr=1.0)  # torch puts its hooks around step() when it makes the first
+    monkeypatch.setattr(Wrapped, "step", wrapped(Wrapped.step))
+    monkeypatch.setattr(torch.amp.GradScaler, "step", wrapped(torch.amp.GradScaler.step))
+    model = tied_model()
+    optimizer, scaler = Wrapped(model.parameters(), lr=1e-3), torch.amp.GradScaler("cpu", init_scale=8.0)
+    scheduler, handle = attached(model, optimizer)
+    for k in range(3):
+        expected = expected_moments(model)
+        backward(model, scale=scaler.scale)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert_measured(handle, expected)
+        assert scheduler.metrics()["observations"] == k + 1
 
 
 def test_a_step_that_fails_spoils_none_of_the_next():
