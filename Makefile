@@ -12,16 +12,16 @@ test: .venv/ready            ## everything, in random order, doctests included, 
 
 programs: .venv/ready        ## 20,000 random training programs against brute force; goes on where it was stopped
 	mkdir -p runs
-	PYTHONPATH=.:tests $(BIN)/python -m programs --programs 20000 --jobs 2 --resume runs/programs.json
+	PYTHONPATH=.:kernels:tests/helpers $(BIN)/python -m programs --programs 20000 --jobs 2 --resume runs/programs.json
 
 # What looks at scripts, pages and compilers more than at numbers. Any other file runs, new ones too.
-FEW_NUMBERS := cross_compilation docs_loops interpreter math_problems packaging readme \
-	example example_* integrations_* *benchmark*
+FEW_NUMBERS := tests/benchmarks tests/docs tests/examples tests/integrations tests/test_packaging.py \
+	tests/kernels/test_cross_compilation.py tests/kernels/test_interpreter.py
 
 capabilities: .venv/ready    ## whatever compares numbers, as CPUs without vectors and with AVX2 round them
 	for capability in default avx2; do \
 		ATEN_CPU_CAPABILITY=$$capability $(BIN)/python -m pytest -q -n 2 --dist worksteal \
-			$(FEW_NUMBERS:%='--ignore-glob=tests/test_%.py') || exit 1; \
+			$(FEW_NUMBERS:%=--ignore=%) || exit 1; \
 	done
 
 lint: .venv/ready            ## style and types
@@ -54,17 +54,17 @@ peers: .venv/ready           ## the code bases that `make bench` compares with a
 
 trainers: peers              ## the integrations, in verl and in the last three minor releases of TRL
 	$(BIN)/python -c 'import trl, wrapt, verl.trainer.ppo.v1' # without them their tests would be skipped
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_integrations_*.py tests/test_example_verl.py tests/test_example_trl.py
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/integrations tests/examples/test_verl_grpo.py tests/examples/test_trl_grpo.py
 	for version in 1.14.2 1.15.0; do \
-		export TRITON_INTERPRET=1 PYTHONPATH=.venv/trl-$$version:. && \
+		export TRITON_INTERPRET=1 PYTHONPATH=.venv/trl-$$version:.:kernels && \
 		$(BIN)/pip install -q --no-deps --upgrade --target .venv/trl-$$version trl==$$version && \
 		$(BIN)/python -c "import trl; assert trl.__version__ == '$$version', trl.__version__" && \
-		$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_integrations_trl.py || exit 1; \
+		$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/integrations/test_trl.py || exit 1; \
 	done
 
 gpu: OUT ?= runs/gpu
 gpu:                         ## tests and benchmarks on the accelerator of this machine, with its own torch; see docs/gpu.md
-	$(PYTHON) -m benchmarks.gpu --device cuda --out $(OUT) $(ARGS)
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --device cuda --out $(OUT) $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

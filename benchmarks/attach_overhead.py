@@ -31,7 +31,7 @@ from benchmarks.harness import (
     write_json,
 )
 from snr_optim import SNRAdaptiveLR
-from snr_optim.sources import AccumulationSource
+from snr_optim.noise import AccumulationSource
 
 
 class Case(NamedTuple):

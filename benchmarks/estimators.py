@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from benchmarks.harness import environment, print_table, progress
-from snr_optim.moments import GradientMoments, MomentAverages
+from snr_optim.noise.averages import MomentAverages
+from snr_optim.noise.moments import GradientMoments
 
 Array: TypeAlias = np.ndarray
 RHOS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)

@@ -95,11 +95,11 @@ def commands(device: torch.device, small: bool, out: Path, work: Path) -> list[C
     sizes = ("--device", device.type, *(("--small",) if small else ()))
     results = out / results_folder(device)
 
-    def tests(name: str, budget: int, *needs: str, few: str) -> Command:
-        words = ["-m", "pytest", "-q", "-rfE", "--tb=short", f"tests/{name}.py", *processes(device)]
+    def tests(path: str, budget: int, *needs: str, few: str) -> Command:
+        words = ["-m", "pytest", "-q", "-rfE", "--tb=short", f"tests/{path}.py", *processes(device)]
         if small:
             words += ["-k", few]
-        return Command(name, tuple(words), ("pytest", *needs, *kernels), budget)
+        return Command(Path(path).name, tuple(words), ("pytest", *needs, *kernels), budget)
 
     def bench(name: str, budget: int, *words: str, module: str = "", needs: tuple[str, ...] = ()) -> Command:
         options = (*sizes, "--out", str(results), "--name", name, *(() if small else words))
@@ -123,11 +123,11 @@ def commands(device: torch.device, small: bool, out: Path, work: Path) -> list[C
 
     return [
         tests("test_device", 180, "transformers", few="baseline"),
-        tests("test_logprob_stats", 300, "hypothesis", few="no_rows"),
-        tests("test_linear_logprob_stats", 240, "hypothesis", few="no_tokens"),
-        tests("test_linear_grad_norms", 240, "hypothesis", few="no_tokens"),
-        tests("test_norm_embedding_grad_norms", 120, "hypothesis", few="no_tokens"),
-        tests("test_head_grad_norms", 60, few="outputs"),
+        tests("kernels/test_logprob_stats", 300, "hypothesis", few="no_rows"),
+        tests("kernels/test_linear_logprob_stats", 240, "hypothesis", few="no_tokens"),
+        tests("kernels/test_linear_grad_norms", 240, "hypothesis", few="no_tokens"),
+        tests("kernels/test_norm_embedding_grad_norms", 120, "hypothesis", few="no_tokens"),
+        tests("kernels/test_head_grad_norms", 60, few="outputs"),
         bench("logprob_stats", 120),
         bench("linear_logprob_stats", 240),
         bench("linear_grad_norms", 180),
@@ -204,7 +204,7 @@ def run(command: Command, results: Path, work: Path, device: torch.device, limit
 
 def surroundings(device: torch.device) -> dict[str, str]:
     """The environment of a command: our modules, output line by line, kernels compiled and not interpreted."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
     found = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     if device.type == "cuda":
         found.pop("TRITON_INTERPRET", None)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from snr_optim.kernels._launch import Cost
+from benchmarks.roofline import Cost
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST_LEVEL_CACHE = 256 << 20  # no GPU of today has more, and few CPUs

@@ -38,8 +38,9 @@ from benchmarks.harness import (
     version,
     write_json,
 )
-from snr_optim.kernels._segments import Segments
-from snr_optim.kernels.linear_grad_norms import Method, linear_grad_norms, linear_grad_norms_cost
+from benchmarks.roofline import linear_grad_norms_cost
+from snr_kernels.linear_grad_norms import Method, linear_grad_norms
+from snr_kernels.segments import Segments
 
 NAME = "linear_grad_norms"
 COLUMNS = [

@@ -45,13 +45,12 @@ from benchmarks.harness import (
     version,
     write_json,
 )
-from snr_optim.kernels._launch import Cost
-from snr_optim.kernels.linear_logprob_stats import (
+from benchmarks.roofline import Cost, linear_logprob_stats_cost
+from snr_kernels.lm_head import (
     linear_logprob_stats,
-    linear_logprob_stats_cost,
     linear_logprob_stats_reference,
 )
-from snr_optim.kernels.logprob_stats import LogprobStats
+from snr_kernels.logprob_stats import LogprobStats
 
 NAME = "linear_logprob_stats"
 ALL = LogprobStats._fields

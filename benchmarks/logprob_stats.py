@@ -37,8 +37,8 @@ from benchmarks.harness import (
     version,
     write_json,
 )
-from snr_optim.kernels._launch import Cost
-from snr_optim.kernels.logprob_stats import LogprobStats, logprob_stats, logprob_stats_cost, logprob_stats_reference
+from benchmarks.roofline import Cost, logprob_stats_cost
+from snr_kernels.logprob_stats import LogprobStats, logprob_stats, logprob_stats_reference
 
 NAME = "logprob_stats"
 ALL = LogprobStats._fields

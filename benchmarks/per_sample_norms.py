@@ -35,8 +35,8 @@ from benchmarks.harness import (
     version,
     write_json,
 )
+from snr_kernels.logprob_stats import logprob_stats
 from snr_optim import PerSampleGradNorms
-from snr_optim.kernels.logprob_stats import logprob_stats
 
 # hidden, intermediate, layers, heads, key-value heads, head_dim, vocabulary
 QWEN3 = {

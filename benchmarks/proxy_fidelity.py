@@ -31,9 +31,9 @@ from torch import Tensor
 
 from benchmarks import policy_stages
 from benchmarks.harness import ROOT, Row, environment, print_table, progress, write_json
+from snr_kernels.linear_grad_norms import linear_grad_norms
+from snr_kernels.logprob_stats import logprob_stats
 from snr_optim import PerSampleGradNorms, logit_grad_norms
-from snr_optim.kernels.linear_grad_norms import linear_grad_norms
-from snr_optim.kernels.logprob_stats import logprob_stats
 
 sys.path.insert(0, str(ROOT / "examples"))
 from arithmetic import Problem, character_tokenizer

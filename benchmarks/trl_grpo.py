@@ -35,7 +35,7 @@ from benchmarks.harness import ROOT, environment, print_table, progress, version
 from benchmarks.lr_range import LAST, prepare, run_missing
 from snr_optim import AccumulationSource
 from snr_optim.attachment import Attachment
-from snr_optim.integrations.scaled_steps import ScaledSteps
+from snr_optim.integrations._ceiling import ScaledSteps
 from snr_optim.integrations.transformers import SNRCallback
 from snr_optim.integrations.trl import OBLRTrainerMixin
 

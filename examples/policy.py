@@ -18,8 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from snr_kernels.logprob_stats import logprob_stats
 from snr_optim import PerSampleGradNorms, logit_grad_norms
-from snr_optim.kernels.logprob_stats import logprob_stats
 
 Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Rollout = dict[str, Tensor]  # input_ids, attention_mask [B, prompt + T]; completion_mask [B, T]

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from snr_optim.backward import current_backward, is_nested_step, loss_scale
-from snr_optim.moments import GradientMoments
-from snr_optim.sources import Norm, source_of
-from snr_optim.sources.data_parallel import DataParallelSource, runs_several_processes
+from snr_optim._torch import current_backward, is_nested_step, loss_scale
+from snr_optim.noise import Norm, source_of
+from snr_optim.noise.data_parallel import DataParallelSource, runs_several_processes
+from snr_optim.noise.moments import GradientMoments
 
 NEVER_STEPPED = 10  # batches cleared without any step: more than a GradScaler skips at first
 

@@ -13,11 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from snr_kernels.checks import expect_integers
+from snr_kernels.dispatch import Impl
+from snr_kernels.lm_head import linear_logprob_stats
+from snr_kernels.logprob_stats import LogprobStats
 from snr_optim.after_head import AfterHead, Scaling, Trial, expect_outcome, logits_of, stand_in
-from snr_optim.kernels._launch import Impl, expect_integers
-from snr_optim.kernels.linear_logprob_stats import linear_logprob_stats
-from snr_optim.kernels.logprob_stats import LogprobStats
-from snr_optim.per_sample.hooks import unobserved
+from snr_optim.grad_norms.hooks import unobserved
 
 IGNORE_INDEX = -100
 

@@ -1,7 +1,7 @@
 """The learning rate set by measured gradient noise: ``SNRAdaptiveLR``, a true ``LRScheduler``.
 
 ``observe()`` owns the statistics; ``step()`` only writes ceiling x factor into the optimizer, so it may be
-called as often as a trainer likes. Where moments come from is the business of :mod:`snr_optim.sources`.
+called as often as a trainer likes. Where moments come from is the business of :mod:`snr_optim.noise`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from snr_optim._lr import (
     write_lrs,
 )
 from snr_optim.attachment import Attachment
-from snr_optim.moments import GradientMoments, MomentAverages
-from snr_optim.sources import AdamNorm, Norm, euclidean
+from snr_optim.noise import AdamNorm, Norm, euclidean
+from snr_optim.noise.averages import MomentAverages
+from snr_optim.noise.moments import GradientMoments
 
 AUTO_SMOOTHING = 0.95
 

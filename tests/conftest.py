@@ -16,7 +16,7 @@ try:
 except ImportError:  # on a machine whose packages are given: files without properties can be tested there, too
     settings = None
 
-collect_ignore = ["verl_cases.py"]  # what other processes run; cannot even be imported without verl
+collect_ignore = ["helpers"]  # nothing in it is a test, and some of it cannot be imported without verl or TRL
 
 # To look for new examples: pytest --hypothesis-profile=explore
 if settings is not None:
@@ -32,7 +32,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # cores are shared with the other worke
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    torch.manual_seed(zlib.crc32(item.nodeid.encode()))  # by its name: independent of order
+    torch.manual_seed(zlib.crc32(item.nodeid.rsplit("/", 1)[-1].encode()))  # by its name: independent of order
 
 
 @pytest.fixture
@@ -56,12 +56,13 @@ def float64():
 @pytest.fixture(scope="session")
 def two_trainer_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where ``trainer_cases.py``, run by two processes, has left what it found."""
-    cases, out = Path(__file__).with_name("trainer_cases.py"), tmp_path_factory.mktemp("two_trainer_processes")
+    from paths import HELPERS, environment
+
+    cases, out = HELPERS / "trainer_cases.py", tmp_path_factory.mktemp("two_trainer_processes")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(cases)]
-    path = os.pathsep.join([str(cases.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [*command, str(out)], env=environment, capture_output=True, text=True, timeout=180, check=False
-    )
+        [*command, str(out)], env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=180,
+        check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
     return out

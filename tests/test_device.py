@@ -6,6 +6,20 @@ import pytest
 import torch
 from torch import nn
 
+from snr_kernels.linear_grad_norms import linear_grad_norms, linear_grad_norms_reference
+from snr_kernels.lm_head import (
+    head_grad_norms,
+    head_grad_norms_reference,
+    linear_logprob_stats,
+    linear_logprob_stats_reference,
+)
+from snr_kernels.norm_embedding_grad_norms import (
+    embedding_grad_norms,
+    embedding_grad_norms_reference,
+    norm_grad_norms,
+    norm_grad_norms_reference,
+)
+from snr_kernels.segments import Segments
 from snr_optim import (
     GradientMoments,
     GradWeightedBaseline,
@@ -13,16 +27,6 @@ from snr_optim import (
     SNRAdaptiveLR,
     logit_grad_norms,
     model_logprob_stats,
-)
-from snr_optim.kernels._segments import Segments
-from snr_optim.kernels.head_grad_norms import head_grad_norms, head_grad_norms_reference
-from snr_optim.kernels.linear_grad_norms import linear_grad_norms, linear_grad_norms_reference
-from snr_optim.kernels.linear_logprob_stats import linear_logprob_stats, linear_logprob_stats_reference
-from snr_optim.kernels.norm_embedding_grad_norms import (
-    embedding_grad_norms,
-    embedding_grad_norms_reference,
-    norm_grad_norms,
-    norm_grad_norms_reference,
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -1,15 +1,13 @@
-"""What is shipped: kernels inside the package only, and an import that brings torch and nothing more."""
+"""What is shipped: two packages, one of which needs the other; and an import that brings torch and nothing more."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from paths import ROOT
 
 
 def python(code, cwd, **environment):
@@ -29,19 +27,23 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_the_wheel_has_no_top_level_kernels(wheel):
+def test_the_wheel_holds_two_packages_and_no_top_level_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"snr_optim"}
-    assert "snr_optim/kernels/logprob_stats.py" in names
-    assert "snr_optim/py.typed" in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"snr_optim", "snr_kernels"}
+    assert {"snr_kernels/logprob_stats/_triton.py", "snr_kernels/py.typed", "snr_optim/py.typed"} <= set(names)
     assert len(names) == len(set(names))
 
 
-def test_kernels_import_from_the_built_wheel(wheel, tmp_path):
+def test_both_packages_import_from_the_built_wheel(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = "import snr_optim.kernels.logprob_stats as m, snr_optim; print(m.__file__, snr_optim.__file__)"
+    code = "import snr_kernels, snr_optim; print(snr_kernels.__file__, snr_optim.__file__)"
     files = python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path)).split()
     assert all(file.startswith(str(tmp_path)) for file in files)
+
+
+def test_the_ops_need_nothing_of_snr_optim():
+    code = "import sys, snr_kernels; print('snr_optim' in sys.modules, 'triton' in sys.modules)"
+    assert python(code, cwd=ROOT / "kernels") == "False False"
 
 
 def test_kernels_at_the_root_shadows_nothing():

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from snr_optim.baseline.estimate import Sums, shrunk_mean, sums_of_groups, sums_of_others
+from snr_optim.baseline.estimator import Sums, shrunk_mean, sums_of_groups, sums_of_others
 from snr_optim.baseline.inputs import Batch
-from snr_optim.groups import sum_of_others
+from snr_optim.prompt_groups import sum_of_others
 
 BLOCK = 1 << 19  # numbers at a time
 

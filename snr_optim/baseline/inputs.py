@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snr_optim.groups import Groups
+from snr_optim.prompt_groups import Groups
 
 # So that sums of w r stay finite: (rewards, weights), by the precision that is worked in.
 LARGEST = {torch.float64: (1e50, 1e250), torch.float32: (1e10, 1e22)}

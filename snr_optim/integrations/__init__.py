@@ -1,1 +1,1 @@
-"""The library in other people's trainers: one module for each, which imports it. Nothing else here imports these."""
+"""The library in other people's trainers: a folder for each, which imports it. Nothing else here imports these."""

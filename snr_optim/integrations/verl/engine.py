@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from snr_optim.integrations.scaled_steps import ScaledSteps
+from snr_optim.integrations._ceiling import ScaledSteps
 from snr_optim.integrations.verl.optimizers import Measured
 from snr_optim.integrations.verl.replacing import problems, replace
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snr_optim.integrations.scaled_steps import ScaledSteps, check_options
+from snr_optim.integrations._ceiling import ScaledSteps, check_options
 
 
 class Measured(torch.optim.Optimizer):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from snr_optim.integrations.settings import MISSING, UNCLIPPED, Setting, findings, one_of
+from snr_optim.integrations._unbiased import MISSING, UNCLIPPED, Setting, findings, one_of
 from snr_optim.integrations.verl.estimators import ESTIMATORS, OPTIONS
 
 ACTOR, ROLLOUT, CORRECTION = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "algorithm.rollout_correction"

@@ -1,0 +1,147 @@
+"""The example: learns, resumes bit for bit, stops at Ctrl-C, says what is wrong in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from arithmetic import Problem, is_correct, problems
+from options import parse_arguments
+from paths import ROOT
+from policy import baseline_weights, sample, sequence_log_probs, tiny_qwen3
+from report import steps_to
+from runs import read_metrics
+
+SCRIPT = str(ROOT / "examples" / "qwen3_arithmetic.py")
+SMALL = ["--prompts", "4", "--group-size", "4", "--micro-batches", "2", "--warm-start-steps", "3"]
+
+
+def command(*words):
+    return [sys.executable, SCRIPT, *SMALL, *map(str, words)]
+
+
+def run(*words):
+    return subprocess.run(command(*words), capture_output=True, text=True)
+
+
+def rows_without_time(folder):
+    return [{k: repr(v) for k, v in row.items() if k != "seconds"} for row in read_metrics(folder)]
+
+
+def test_resume_is_bit_exact_and_a_torn_last_line_is_dropped(tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert run("--steps", 6, "--out", straight).returncode == 0
+    assert run("--steps", 3, "--out", resumed).returncode == 0
+    with (resumed / "oblr-po-seed-0" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')
+    assert run("--steps", 6, "--out", resumed, "--resume").returncode == 0
+    a, b = straight / "oblr-po-seed-0", resumed / "oblr-po-seed-0"
+    assert len(read_metrics(a)) == 6
+    assert rows_without_time(a) == rows_without_time(b)
+    ends = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b)]
+    for name, tensor in ends[0]["model"].items():
+        assert torch.equal(tensor, ends[1]["model"][name])
+    changed = run("--steps", 6, "--out", resumed, "--resume", "--lr", 0.5)
+    assert changed.returncode != 0
+    assert "lr" in changed.stderr
+    assert "Traceback" not in changed.stderr
+
+
+def test_all_methods_in_two_processes_write_table_summary_and_picture(tmp_path):
+    done = run("--method", "all", "--seeds", 0, 1, "--steps", 3, "--jobs", 2, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "REINFORCE" in done.stdout
+    methods = json.loads((tmp_path / "summary.json").read_text())["methods"]
+    assert set(methods) == {"oblr-po", "grpo", "rloo", "reinforce"}
+    assert all(entry["seeds"] == 2 and 0 <= entry["final_reward"] <= 1 for entry in methods.values())
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    first = json.loads((tmp_path / "grpo-seed-1" / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"step", "reward", "lr", "factor", "snr", "signal", "noise", "gradient_norm"} <= set(first)
+    assert {"advantage_variance", "tokens", "seconds"} <= set(first)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_keeps_what_was_done(tmp_path, jobs):
+    words = command("--method", "rloo", "--seeds", 0, 1, "--steps", 100_000, "--jobs", jobs, "--out", tmp_path)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "rloo-seed-0")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "RLOO" in out
+    rows = read_metrics(tmp_path / "rloo-seed-0")
+    checkpoint = torch.load(tmp_path / "rloo-seed-0" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == len(rows) - 1 >= 2
+
+
+def test_a_local_model_takes_the_place_of_the_built_in_one(tmp_path):
+    model, tokenizer = tiny_qwen3(0)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = run("--model", tmp_path / "model", "--steps", 2, "--optimizer", "sgd", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(read_metrics(tmp_path / "out" / "oblr-po-seed-0")) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--model", "/nowhere"], "--model"),
+        (["--method", "ppo"], "--method"),
+        (["--group-size", "1"], "--group-size"),
+        (["--micro-batches", "5"], "--micro-batches"),
+        (["--steps", "many"], "--steps"),
+        (["--lr", "-1"], "--lr"),
+        (["--smoothing", "1"], "--smoothing"),
+        (["--seeds", "1", "1"], "--seeds"),
+        (["--device", "abacus"], "--device"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_bad_options_get_one_line(words, names):
+    with pytest.raises(SystemExit) as error:
+        parse_arguments(words)
+    assert names in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_log_probs_are_those_of_the_sampler():
+    model, tokenizer = tiny_qwen3(0)
+    torch.manual_seed(0)
+    batch = problems(5, seed=0, step=0)
+    rollout, texts = sample(model, tokenizer, batch, group_size=2, max_new_tokens=6)
+    assert len(texts) == 10
+    mask, num = rollout["completion_mask"], rollout["completion_mask"].shape[1]
+    for i in range(10):  # one unpadded sequence at a time, by the model's own loss
+        keep = rollout["attention_mask"][i].bool()
+        ids = rollout["input_ids"][i][keep][None]
+        logits = model(input_ids=ids).logits[0].log_softmax(-1)
+        length = int(mask[i].sum())
+        expected = logits[:-1].gather(1, ids[0, 1:, None])[-length:].sum()
+        one = {name: tensor[i : i + 1] for name, tensor in rollout.items()}
+        assert torch.allclose(sequence_log_probs(model, one), expected[None], atol=1e-4)
+    assert num <= 6
+    assert baseline_weights("exact", model, rollout).shape == (10,)
+    assert baseline_weights("none", model, rollout) is None
+
+
+def test_verifier_and_problems():
+    assert is_correct("12 ", Problem("5+7=", "12"))
+    assert is_correct(" 12+3", Problem("5+7=", "12"))
+    assert not any(is_correct(text, Problem("5+7=", "12")) for text in ("", "112", "1 2", "123", "x12"))
+    assert problems(9, seed=1, step=2) == problems(9, seed=1, step=2) != problems(9, seed=1, step=3)
+
+
+def test_steps_to_a_reward():
+    import numpy as np
+
+    assert steps_to(0.5, {"reward": np.array([[0.0, 1.0, 1.0]])}) == 2
+    assert steps_to(0.9, {"reward": np.array([[0.0, 1.0, 1.0]])}) is None
