@@ -1,7 +1,7 @@
 """What ``scheduler.attach(model)`` adds to a training step: time, and memory beside that of the gradients.
 
     python -m benchmarks.attach_overhead                     # minutes on two cores
-    python -m benchmarks.attach_overhead --models tiny --metrics euclidean optimizer
+    python -m benchmarks.attach_overhead --models tiny --norms euclidean adam
     python -m benchmarks.attach_overhead --device cuda       # these, and Qwen3-0.6B in bfloat16
 
 Steps with and without hooks take turns in one process, so that a slow minute of the machine slows both. The time that
@@ -79,7 +79,7 @@ class Clock:
 
     def __enter__(self) -> Clock:
         self._originals = {
-            name: getattr(AccumulationSource, name) for name in ("_on_gradient", "_on_end", "group_moments")
+            name: getattr(AccumulationSource, name) for name in ("_on_gradient", "_on_end", "parameter_group_moments")
         }
         for name, original in self._originals.items():
             setattr(AccumulationSource, name, self._timed(original))
@@ -100,12 +100,12 @@ class Clock:
         return timed
 
 
-def measure(name: str, metric: str, steps: int, device: torch.device, report: Callable[[str], None]) -> Row:
+def measure(name: str, norm: str, steps: int, device: torch.device, report: Callable[[str], None]) -> Row:
     case = CASES[name]
     release(device)  # the model of the case before
     model = qwen3(case, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    scheduler = SNRAdaptiveLR(optimizer, metric=metric)
+    scheduler = SNRAdaptiveLR(optimizer, norm=norm)
     inputs = torch.randint(case.vocabulary, (MICRO_BATCHES, case.sequences, case.tokens), device=device)
 
     def step() -> None:
@@ -134,7 +134,7 @@ def measure(name: str, metric: str, steps: int, device: torch.device, report: Ca
         with Clock() as clock, scheduler.attach(model):
             hooked.append(timed())
         inside.append(clock.seconds)
-        report(f"{name} {metric}: step {turn + 1}")
+        report(f"{name} {norm}: step {turn + 1}")
     peak_plain = typical_peak(step, device)
     with scheduler.attach(model):
         step()
@@ -143,7 +143,7 @@ def measure(name: str, metric: str, steps: int, device: torch.device, report: Ca
     assert scheduler.metrics()["observations"] >= steps
     return {
         "model": name,
-        "metric": metric,
+        "norm": norm,
         "dtype": str(case.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens_per_step": inputs.numel(),
@@ -165,19 +165,19 @@ def typical_peak(step: Callable[[], None], device: torch.device) -> float | None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=CASES, help="tiny and 100M; on a GPU Qwen3-0.6B, too")
-    parser.add_argument("--metrics", nargs="+", default=["euclidean", "optimizer"], choices=["euclidean", "optimizer"])
+    parser.add_argument("--norms", nargs="+", default=["euclidean", "adam"], choices=["euclidean", "adam"])
     parser.add_argument("--steps", type=int, help="pairs of steps (default: 200 of tiny, 6 of 100M, 20 of Qwen3-0.6B)")
     args = parse_arguments(parser, "attach_overhead")
     origin = environment(args.device)
     cases = [
-        (name, metric, args.steps or (2 if args.small else CASES[name].steps))
+        (name, norm, args.steps or (2 if args.small else CASES[name].steps))
         for name in args.models or MODELS[args.sizes]
-        for metric in args.metrics
+        for norm in args.norms
     ]
     rows: list[Row] = []
     with progress(sum(steps for *_, steps in cases)) as report:
-        for name, metric, steps in cases:
-            rows.append(measure(name, metric, steps, args.device, report))
+        for name, norm, steps in cases:
+            rows.append(measure(name, norm, steps, args.device, report))
             write_json(args.json, "attach_overhead", origin, rows=rows)
     print_table(rows, list(rows[0]))
 

@@ -69,14 +69,14 @@ class AdaScale:
         self.sqr = self.var = self.weight = 0.0
 
     def observe(self, moments: GradientMoments) -> None:
-        keep = max(1 - moments.num / 1000, 0)
+        keep = max(1 - moments.num_sub_batches / 1000, 0)
         self.sqr = keep * self.sqr + (1 - keep) * float(moments.signal)
-        self.var = keep * self.var + (1 - keep) * float(moments.noise) * moments.num  # of one sub-batch
+        self.var = keep * self.var + (1 - keep) * float(moments.noise) * moments.num_sub_batches  # of one sub-batch
         self.weight = keep * self.weight + (1 - keep)
         var, sqr = max(self.var / self.weight, 1e-6), max(self.sqr / self.weight, 0.0)
-        gain = (var + sqr) / (var / moments.num + sqr)
+        gain = (var + sqr) / (var / moments.num_sub_batches + sqr)
         for group, ceiling in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = ceiling * gain / moments.num
+            group["lr"] = ceiling * gain / moments.num_sub_batches
 
     def step(self) -> None:
         self.schedule.step()

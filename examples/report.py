@@ -21,7 +21,7 @@ COLOURS = {"oblr-po": "#c1121f", "grpo": "#1d3557", "rloo": "#2a9d8f", "reinforc
 PANELS = {"reward": "reward", "lr": "learning rate", "snr": "batch SNR  S / V", "gradient_norm": "gradient norm"}
 WINDOW = 20  # steps: what "final" means, and over how many a curve is smoothed
 
-Curves = dict[str, np.ndarray]  # metric -> [seeds, steps]
+Curves = dict[str, np.ndarray]  # quantity -> [seeds, steps]
 
 
 def report(out: Path, folders: Mapping[str, Sequence[Path]], console: Console) -> None:
@@ -41,7 +41,7 @@ def report(out: Path, folders: Mapping[str, Sequence[Path]], console: Console) -
 
 
 def load(runs: Sequence[Path]) -> Curves | None:
-    """Every metric of a method's runs, cut to the steps that all of them have."""
+    """Every quantity of a method's runs, cut to the steps that all of them have."""
     rows = [run for folder in runs if (run := read_metrics(folder))]
     if not rows:
         return None
@@ -98,9 +98,9 @@ def table(summary: Mapping[str, Mapping[str, float | int | None]]) -> Table:
 def draw(methods: Mapping[str, Curves], path: Path) -> None:
     """Reward, lr, SNR and gradient norm of all methods: the mean over seeds, and their spread."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
-    for axis, (metric, label) in zip(axes.flat, PANELS.items(), strict=True):
+    for axis, (quantity, label) in zip(axes.flat, PANELS.items(), strict=True):
         for name, curves in methods.items():
-            lines = curves[metric] if metric == "lr" else smoothed(curves[metric])
+            lines = curves[quantity] if quantity == "lr" else smoothed(curves[quantity])
             steps = np.arange(1, lines.shape[1] + 1)
             axis.plot(steps, lines.mean(0), color=COLOURS[name], label=LABELS[name], lw=1.8)
             axis.fill_between(steps, lines.min(0), lines.max(0), color=COLOURS[name], alpha=0.15, lw=0)

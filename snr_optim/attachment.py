@@ -179,7 +179,7 @@ class Attachment:
                 "attach: several processes run now, but the model was attached before: attach it wrapped"
             )
         scale = loss_scale()
-        parts = self._source.group_moments()
+        parts = self._source.parameter_group_moments()
         if scale is not None:
             parts = [_unscaled(part, scale) for part in parts]
         dropped, self._source.dropped = self._source.dropped, 0  # moments() has settled whether there is one more
@@ -193,9 +193,9 @@ class Attachment:
                 "from the next on all are watched.",
                 stacklevel=4,
             )
-            parts = [GradientMoments(math.nan, math.nan, parts[0].num)] * len(self._optimizer.param_groups)
+            parts = [GradientMoments(math.nan, math.nan, parts[0].num_sub_batches)] * len(self._optimizer.param_groups)
         self.moments = GradientMoments.of_parts(parts)
-        if isinstance(self.moments.num, int) and self.moments.num == 1 and not self._warned:
+        if isinstance(self.moments.num_sub_batches, int) and self.moments.num_sub_batches == 1 and not self._warned:
             self._warned = True
             warnings.warn(
                 "attach: at most one backward() since .grad was last cleared or changed, so the noise is unknown and "
@@ -208,4 +208,4 @@ class Attachment:
 def _unscaled(moments: GradientMoments, scale: torch.Tensor) -> GradientMoments:
     """Moments of the gradients before a ``GradScaler`` scaled the loss."""
     square = scale.double().square() if scale.device.type != "mps" else scale.square()
-    return GradientMoments(moments.sq_norm_of_mean / square, moments.mean_of_sq_norms / square, moments.num)
+    return GradientMoments(moments.sq_norm_of_mean / square, moments.mean_of_sq_norms / square, moments.num_sub_batches)

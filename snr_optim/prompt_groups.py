@@ -17,7 +17,7 @@ FEW = 32  # rows up to which adding row to row beats a cumulative sum
 
 
 @dataclass(frozen=True)
-class Groups:
+class PromptGroups:
     """The partition of a batch of ``B`` sequences into ``P`` groups, sorted once and then reused.
 
     Build it with :meth:`of`. Groups may be ragged, and their members need not be neighbours.
@@ -37,7 +37,7 @@ class Groups:
     size: int | None
 
     @classmethod
-    def of(cls, groups: int | Tensor, batch: int, device: torch.device | str = "cpu") -> Groups:
+    def of(cls, groups: int | Tensor, batch: int, device: torch.device | str = "cpu") -> PromptGroups:
         """Groups of one size (neighbours share a prompt), or one integer id per sequence.
 
         Args:
@@ -51,7 +51,7 @@ class Groups:
             ValueError: the size is not a positive divisor of ``batch``, or the ids are not ``[batch]``.
 
         Example:
-            >>> Groups.of(torch.tensor([7, -1, 7]), batch=3).index
+            >>> PromptGroups.of(torch.tensor([7, -1, 7]), batch=3).index
             tensor([1, 0, 1])
         """
         if isinstance(groups, Tensor):
@@ -78,7 +78,7 @@ class Groups:
         return cls(order // size, order, sizes, size if batch else 0, size if batch else None)
 
     # ------------------------------------------------------------------------------------------------ a batch by groups
-    def blocks(self, most: int) -> Iterator[tuple[slice, slice, Groups]]:
+    def blocks(self, most: int) -> Iterator[tuple[slice, slice, PromptGroups]]:
         """The batch in parts of whole groups, at most ``most`` sequences each where groups are equally large.
 
         Yields:
@@ -92,7 +92,7 @@ class Groups:
             end = min(start + step, len(self.sizes))
             sequences = slice(start * self.size, end * self.size)
             device = self.index.device
-            yield sequences, slice(start, end), Groups.of(self.size, sequences.stop - sequences.start, device)
+            yield sequences, slice(start, end), PromptGroups.of(self.size, sequences.stop - sequences.start, device)
 
     def fold(self, values: Tensor) -> Tensor:
         """``[B, ...] -> [P, G, ...]`` where groups are equally large, ``[B, ...]`` elsewhere; a view."""
@@ -111,7 +111,7 @@ class Groups:
         """The value of each group's first member: ``[B, ...] -> [P, ...]``.
 
         Example:
-            >>> Groups.of(torch.tensor([5, 3, 5]), batch=3).first(torch.tensor([1, 2, 3]))
+            >>> PromptGroups.of(torch.tensor([5, 3, 5]), batch=3).first(torch.tensor([1, 2, 3]))
             tensor([2, 1])
         """
         starts = self.sizes.cumsum(0) - self.sizes
@@ -121,7 +121,7 @@ class Groups:
         """Sum over each group: ``[B, ...] -> [P, ...]``.
 
         Example:
-            >>> Groups.of(2, batch=4).sum(torch.tensor([1., 2., 3., 4.]))
+            >>> PromptGroups.of(2, batch=4).sum(torch.tensor([1., 2., 3., 4.]))
             tensor([3., 7.])
         """
         totals = values.new_zeros(len(self.sizes), *values.shape[1:])
@@ -134,7 +134,7 @@ class Groups:
         that of a plain sum. Groups of different sizes take ``log2(largest)`` passes, a segmented scan from either side.
 
         Example:
-            >>> Groups.of(3, batch=3).sum_of_others(torch.tensor([1., 1e30, 2.]))
+            >>> PromptGroups.of(3, batch=3).sum_of_others(torch.tensor([1., 1e30, 2.]))
             tensor([1.0000e+30, 3.0000e+00, 1.0000e+30])
         """
         if self.size is not None:
@@ -150,7 +150,7 @@ class Groups:
         """Leave one group out: the sum over every sequence of every *other* group, ``[B, ...] -> [B, ...]``.
 
         Example:
-            >>> Groups.of(2, batch=4).sum_of_other_groups(torch.tensor([1., 2., 3., 4.]))
+            >>> PromptGroups.of(2, batch=4).sum_of_other_groups(torch.tensor([1., 2., 3., 4.]))
             tensor([7., 7., 3., 3.])
         """
         return sum_of_others(self.sum(values))[self.index]

@@ -69,8 +69,8 @@ class SNRAdaptiveLR(LRScheduler):
             (:meth:`MomentAverages.shrunk_ratio`).
         min_factor: floor that keeps the learning rate alive where no signal can be measured.
         max_factor: upper clamp, at most 1; also the factor until anything is known.
-        metric: of the norms that ``attach()`` takes. ``"euclidean"``: plain 2-norms, as in the paper.
-            ``"optimizer"``: the metric of Adam's step (:class:`AdamNorm`), known from the second step on; with an
+        norm: the norm that ``attach()`` takes of gradients. ``"euclidean"``: the 2-norm, as in the paper.
+            ``"adam"``: the metric of Adam's step (:class:`AdamNorm`), known from the second step on; with an
             optimizer that is not an Adam variant, Euclidean after one warning. What is given to ``observe()`` is taken
             as it is.
         adapt: ``False`` measures and reports but leaves the ceiling as the learning rate.
@@ -80,12 +80,12 @@ class SNRAdaptiveLR(LRScheduler):
         TypeError: ``optimizer`` is not an ``Optimizer`` or has a group without an lr, or ``schedule`` is not an
             ``LRScheduler`` that steps by itself.
         ValueError: ``schedule`` drives another optimizer, or writes several lrs into one tensor; a number is out of its
-            range, or ``metric`` is unknown.
+            range, or ``norm`` is unknown.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         >>> scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
-        >>> scheduler.observe(GradientMoments(sq_norm_of_mean=2.0, mean_of_sq_norms=5.0, num=4))
+        >>> scheduler.observe(GradientMoments(sq_norm_of_mean=2.0, mean_of_sq_norms=5.0, num_sub_batches=4))
         >>> scheduler.factor, optimizer.param_groups[0]["lr"]
         (0.5, 0.5)
         >>> optimizer.step()
@@ -102,7 +102,7 @@ class SNRAdaptiveLR(LRScheduler):
         smoothing: float | Literal["auto"] = "auto",
         min_factor: float = 0.01,
         max_factor: float = 1.0,
-        metric: str = "euclidean",
+        norm: Literal["euclidean", "adam"] = "euclidean",
         adapt: bool = True,
         per_group: bool = False,
     ) -> None:
@@ -128,8 +128,8 @@ class SNRAdaptiveLR(LRScheduler):
             raise ValueError(
                 f"min_factor, max_factor: expected 0 <= min_factor <= max_factor <= 1, got {min_factor}, {max_factor}"
             )
-        if metric not in ("euclidean", "optimizer"):
-            raise ValueError(f"metric: expected 'euclidean' or 'optimizer', got {metric!r}")
+        if norm not in ("euclidean", "adam"):
+            raise ValueError(f"norm: expected 'euclidean' or 'adam', got {norm!r}")
         if ignores_lr(optimizer):
             warnings.warn(
                 f"optimizer: the steps of {type(optimizer).__name__} do not depend on the lr in its parameter groups, "
@@ -141,7 +141,7 @@ class SNRAdaptiveLR(LRScheduler):
         # What the inner schedule wrote last. Not its get_last_lr(): in torch 2.6 a tensor there is the live lr.
         self._scheduled = copies_of(lrs_of(optimizer))
         self.min_factor, self.max_factor = float(min_factor), float(max_factor)
-        self.metric, self.adapt, self.per_group = metric, adapt, per_group
+        self.norm, self.adapt, self.per_group = norm, adapt, per_group
         self._shrinks = smoothing == "auto"
         beta = AUTO_SMOOTHING if smoothing == "auto" else smoothing
         self._averages = MomentAverages(beta)
@@ -181,14 +181,14 @@ class SNRAdaptiveLR(LRScheduler):
             RuntimeError: attached already; or the model is parallelised in a way that cannot be measured.
             ValueError: parameters of the optimizer are not in ``model``, or none requires grad.
             TypeError: the optimizer runs no step hooks (a wrapper of another kind), or is ``LBFGS``.
-            NotImplementedError: ``metric="optimizer"`` with a sharded model, whose second moments are in pieces.
+            NotImplementedError: ``norm="adam"`` with a sharded model, whose second moments are in pieces.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if self._attachment is not None and self._attachment.attached:
             raise RuntimeError("attach: already attached; remove() the first handle before")
         self._dropped = self._unstepped()  # those of an earlier handle
-        norm = euclidean if self.metric == "euclidean" else self._optimizer_norm(model)
+        norm = euclidean if self.norm == "euclidean" else self._optimizer_norm(model)
         self._attachment = Attachment(self.optimizer, model, norm, self._observe_step)
         return self._attachment
 
@@ -252,7 +252,7 @@ class SNRAdaptiveLR(LRScheduler):
             "noise": averages.noise(),
             "ratio_error": averages.ratio_standard_error(),
             "degrees_of_freedom": averages.degrees_of_freedom(),
-            "num": averages.num,
+            "num_sub_batches": averages.num_sub_batches,
             "observations": averages.observations,
             "floor_bound": self._floor_bound,
             "skipped_single": averages.skipped_single,
@@ -264,8 +264,8 @@ class SNRAdaptiveLR(LRScheduler):
         device = averages.weight.device
         values = torch.stack([tensor.to(device, averages.weight.dtype) for tensor in tensors.values()])
         metrics = dict(zip(tensors, values.tolist(), strict=True))  # waits once
-        signal, noise, num, error = (metrics[name] for name in ("signal", "noise", "num", "ratio_error"))
-        del metrics["num"], metrics["ratio_error"]
+        signal, noise, num, error = (metrics[name] for name in ("signal", "noise", "num_sub_batches", "ratio_error"))
+        del metrics["num_sub_batches"], metrics["ratio_error"]
         metrics["lr"], metrics["ceiling"] = float(self._last_lr[0]), float(self._ceilings()[0])
         metrics["snr"] = signal / noise if noise else math.copysign(math.inf, signal)
         # d (r / (1 - r)) = dr / (1 - r)^2, and 1 - r = V / (S + V)
@@ -279,13 +279,13 @@ class SNRAdaptiveLR(LRScheduler):
     def _optimizer_norm(self, model: nn.Module) -> Norm:
         if not AdamNorm.suits(self.optimizer):
             warnings.warn(
-                f"metric='optimizer': {type(self.optimizer).__name__} keeps no second moment as Adam does; "
+                f"norm='adam': {type(self.optimizer).__name__} keeps no second moment as Adam does; "
                 "norms are Euclidean.",
                 stacklevel=3,
             )
             return euclidean
         if any(hasattr(p, "placements") for p in model.parameters()):
-            raise NotImplementedError("metric='optimizer': not with sharded parameters; use metric='euclidean'")
+            raise NotImplementedError("norm='adam': not with sharded parameters; use norm='euclidean'")
         return AdamNorm(self.optimizer)
 
     def _unstepped(self) -> int:

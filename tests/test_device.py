@@ -16,8 +16,8 @@ from snr_kernels.lm_head import (
 from snr_kernels.norm_embedding_grad_norms import (
     embedding_grad_norms,
     embedding_grad_norms_reference,
-    norm_grad_norms,
-    norm_grad_norms_reference,
+    normalization_grad_norms,
+    normalization_grad_norms_reference,
 )
 from snr_kernels.segments import Segments
 from snr_optim import (
@@ -56,12 +56,12 @@ def test_a_baseline_learns_the_same_and_follows_its_batches():
         assert torch.allclose(baseline(to_go.cuda(), cumulative.cuda(), 4).cpu(), baseline(to_go, cumulative, 4))
 
 
-@pytest.mark.parametrize("metric", ["euclidean", "optimizer"])
-def test_an_attached_step_with_a_tensor_lr_waits_for_nothing(metric):
+@pytest.mark.parametrize("norm", ["euclidean", "adam"])
+def test_an_attached_step_with_a_tensor_lr_waits_for_nothing(norm):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)).cuda()
     lr = torch.tensor(1e-3, device="cuda")
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, capturable=True)
-    scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0, metric=metric)
+    scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0, norm=norm)
     handle = scheduler.attach(model)
 
     def step():
@@ -78,7 +78,7 @@ def test_an_attached_step_with_a_tensor_lr_waits_for_nothing(metric):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert handle.moments.num == 4
+    assert handle.moments.num_sub_batches == 4
     assert lr.item() == pytest.approx(1e-3 * scheduler.factor)
 
 
@@ -122,8 +122,8 @@ def test_linear_norms_of_real_sizes_equal_the_reference(dtype, method):
 def test_norms_of_norms_of_real_sizes_equal_the_reference(dtype, width):
     cu_seqlens = packed_on_the_device([1000, 0, 1, 4000, 129])
     x, g = (torch.randn(5130, width, device="cuda").to(dtype) for _ in range(2))
-    got = norm_grad_norms(x, g, cu_seqlens, 1e-6, center=True, bias=True)
-    true = norm_grad_norms_reference(x, g, cu_seqlens, 1e-6, center=True, bias=True)
+    got = normalization_grad_norms(x, g, cu_seqlens, 1e-6, center=True, bias=True)
+    true = normalization_grad_norms_reference(x, g, cu_seqlens, 1e-6, center=True, bias=True)
     assert ((got.double() - true).abs() <= 1e-4 * true).all()
 
 
@@ -145,7 +145,7 @@ def test_norms_of_known_segments_wait_for_nothing():
     def norms():
         yield linear_grad_norms(x, [g, x], segments, "gram", bias=True)
         yield linear_grad_norms(x, [g, x], segments, "direct", bias=True)
-        yield norm_grad_norms(x, g, segments, 1e-6, bias=True)
+        yield normalization_grad_norms(x, g, segments, 1e-6, bias=True)
         yield embedding_grad_norms(ids, g, segments, padding_idx=0)
 
     expected = list(norms())  # compiled

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snr_optim.prompt_groups import Groups
+from snr_optim.prompt_groups import PromptGroups
 
 
 @settings(deadline=None)
@@ -14,7 +14,7 @@ from snr_optim.prompt_groups import Groups
 def test_sums_equal_loops(rows):
     ids = [group for group, _ in rows]
     values = torch.tensor([value for _, value in rows], dtype=torch.float64)
-    groups = Groups.of(torch.tensor(ids, dtype=torch.long), batch=len(rows))
+    groups = PromptGroups.of(torch.tensor(ids, dtype=torch.long), batch=len(rows))
 
     def loop(keep):
         sums = [sum(values[j].item() for j in range(len(ids)) if keep(i, j)) for i in range(len(ids))]
@@ -29,7 +29,7 @@ def test_sums_equal_loops(rows):
 
 
 def test_a_size_is_the_same_as_its_ids():
-    by_size, by_id = Groups.of(3, batch=12), Groups.of(torch.arange(12) // 3 * 7, batch=12)
+    by_size, by_id = PromptGroups.of(3, batch=12), PromptGroups.of(torch.arange(12) // 3 * 7, batch=12)
     values = torch.rand(12, 2)
     assert torch.equal(by_size.sum_of_others(values), by_id.sum_of_others(values))
     assert torch.equal(by_size.sizes, by_id.sizes)
@@ -37,6 +37,6 @@ def test_a_size_is_the_same_as_its_ids():
 
 def test_large_ragged_batches_need_no_dense_table():
     ids = torch.cat([torch.zeros(50_000, dtype=torch.long), torch.arange(1, 50_001)])
-    others = Groups.of(ids, batch=100_000).sum_of_others(torch.ones(100_000, dtype=torch.float64))
+    others = PromptGroups.of(ids, batch=100_000).sum_of_others(torch.ones(100_000, dtype=torch.float64))
     assert others[:50_000].eq(49_999).all()
     assert others[50_000:].eq(0).all()

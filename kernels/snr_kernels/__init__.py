@@ -16,8 +16,8 @@ from snr_kernels.logprob_stats import LogprobStats, logprob_stats, logprob_stats
 from snr_kernels.norm_embedding_grad_norms import (
     embedding_grad_norms,
     embedding_grad_norms_reference,
-    norm_grad_norms,
-    norm_grad_norms_reference,
+    normalization_grad_norms,
+    normalization_grad_norms_reference,
 )
 
 __all__ = [
@@ -33,6 +33,6 @@ __all__ = [
     "linear_logprob_stats_reference",
     "logprob_stats",
     "logprob_stats_reference",
-    "norm_grad_norms",
-    "norm_grad_norms_reference",
+    "normalization_grad_norms",
+    "normalization_grad_norms_reference",
 ]

@@ -95,7 +95,7 @@ def blocks(batch: Batch) -> Iterator[tuple[Batch, slice, slice]]:
 def _for_each_output(
     part: Batch, view: View, prompts: slice, leave_one_out: bool
 ) -> tuple[Sums, Sums | None, Sums | None]:
-    """Outputs of its prompt, the prior and the remembered outputs; in shapes that :meth:`Groups.fold` gives."""
+    """Outputs of its prompt, the prior and the remembered outputs; in shapes that :meth:`PromptGroups.fold` gives."""
     groups = part.groups
     totals, prior, recalled = view.map(lambda of_prompts: groups.spread(of_prompts[prompts].to(part.rewards.dtype)))
     if leave_one_out:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from snr_optim.baseline.inputs import EXACT_UP_TO, Batch, of_groups
-from snr_optim.prompt_groups import Groups
+from snr_optim.prompt_groups import PromptGroups
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,7 +71,7 @@ def gather(local: Callable[[], Batch], group: ProcessGroup) -> tuple[Batch, slic
     shape = (len(floats), *batch.rewards.shape[1:])
     of_rank = integers[:, :2] if batch.groups_given is None else integers[:, :1]
     _, ids = torch.unique(of_rank, dim=0, return_inverse=True)
-    groups = Groups.of(ids, len(floats), batch.rewards.device)
+    groups = PromptGroups.of(ids, len(floats), batch.rewards.device)
     whole = Batch(
         rewards.reshape(shape), weights.reshape(shape), scored.reshape(shape), groups,
         None if batch.prompts is None else of_groups("prompts", integers[:, 2], groups),

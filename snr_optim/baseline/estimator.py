@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snr_optim.prompt_groups import Groups
+from snr_optim.prompt_groups import PromptGroups
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _mean(wr: Tensor, w: Tensor, plain: Callable[[], tuple[Tensor, Tensor]]) -> 
     return torch.where(there, wr / w, torch.where(n > 0, r / n, 0))
 
 
-def sums_of_groups(rewards: Tensor, weights: Tensor, scored: Tensor | None, groups: Groups) -> Sums:
+def sums_of_groups(rewards: Tensor, weights: Tensor, scored: Tensor | None, groups: PromptGroups) -> Sums:
     """The sums over all outputs of each group, ``[P, ...]``, in float64 (float32 on mps)."""
     exact = torch.float32 if rewards.device.type == "mps" else torch.float64
 
@@ -101,8 +101,8 @@ def sums_of_groups(rewards: Tensor, weights: Tensor, scored: Tensor | None, grou
     return Sums(total(weights * rewards), total(weights), r, n)
 
 
-def sums_of_others(rewards: Tensor, weights: Tensor, scored: Tensor | None, groups: Groups, totals: Sums) -> Sums:
-    """The sums over the *other* outputs of each group; all shapes as :meth:`Groups.fold` and ``spread`` give them.
+def sums_of_others(rewards: Tensor, weights: Tensor, scored: Tensor | None, groups: PromptGroups, totals: Sums) -> Sums:
+    """The sums over the *other* outputs of each group; all shapes as ``PromptGroups.fold`` and ``spread`` give them.
 
     What is left beside a large number is added up, not what remains of a difference; counts are exact either way, and
     taken off the ``totals`` of the groups.

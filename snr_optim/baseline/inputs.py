@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snr_optim.prompt_groups import Groups
+from snr_optim.prompt_groups import PromptGroups
 
 # So that sums of w r stay finite: (rewards, weights), by the precision that is worked in.
 LARGEST = {torch.float64: (1e50, 1e250), torch.float32: (1e10, 1e22)}
@@ -32,12 +32,12 @@ class Batch:
     rewards: Tensor
     weights: Tensor
     scored: Tensor | None
-    groups: Groups
+    groups: PromptGroups
     prompts: Tensor | None = None
     groups_given: Tensor | None = None
     float64_given: bool = False
 
-    def part(self, sequences: slice, groups: Groups) -> Batch:
+    def part(self, sequences: slice, groups: PromptGroups) -> Batch:
         """Rewards and weights of some of its outputs."""
         scored = None if self.scored is None else self.scored[sequences]
         return Batch(self.rewards[sequences], self.weights[sequences], scored, groups)
@@ -61,7 +61,7 @@ def check(rewards: Any, weights: Any, groups: Any, ratios: Any = None, prompts: 
         groups = prompts if groups is None else groups
     if groups is None:
         raise ValueError("groups: expected the size of every prompt's group, or integer ids [B]")
-    partition = Groups.of(groups, len(r), r.device)
+    partition = PromptGroups.of(groups, len(r), r.device)
     if prompts is not None and r.dim() > 1:
         raise ValueError("prompts: expected rewards [B]; prompts are not remembered per token, [B, T]")
     scored = None
@@ -125,7 +125,7 @@ def _prompt_ids(prompts: Any, batch: int) -> Tensor:
     return prompts.detach().to(torch.int64)
 
 
-def of_groups(name: str, ids: Tensor, groups: Groups) -> Tensor:
+def of_groups(name: str, ids: Tensor, groups: PromptGroups) -> Tensor:
     """``[B] -> [P]``: what all outputs of a group have to agree on."""
     of_group = groups.first(ids)
     if (of_group[groups.index] != ids).any():

@@ -17,7 +17,7 @@ from torch import Tensor
 from snr_kernels.dispatch import exact_dtype
 from snr_kernels.linear_grad_norms import linear_grad_norms
 from snr_kernels.norm_embedding_grad_norms import _torch as norms_torch
-from snr_kernels.norm_embedding_grad_norms import embedding_grad_norms, norm_grad_norms
+from snr_kernels.norm_embedding_grad_norms import embedding_grad_norms, normalization_grad_norms
 from snr_kernels.segments import Segments, segment_sums
 
 COLUMNS = 1 << 25  # numbers in a block of a product of tokens with tokens
@@ -238,7 +238,7 @@ class ScaleUse(VectorUse):
     center: bool
 
     def squared(self) -> Tensor:
-        return norm_grad_norms(self.inputs, self.grad_outputs, self.segments, self.eps, center=self.center)
+        return normalization_grad_norms(self.inputs, self.grad_outputs, self.segments, self.eps, center=self.center)
 
     def sums(self) -> Tensor:
         g = self.grad_outputs.to(exact_dtype(self.grad_outputs))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from snr_kernels.segments import Segments
-from snr_optim.prompt_groups import Groups
+from snr_optim.prompt_groups import PromptGroups
 
 
 class Layout:
@@ -112,7 +112,7 @@ def _grouped(sequences: Segments, groups: int | Tensor | None, device: torch.dev
     """The bounds of the units, and the order of items that they want."""
     if groups is None:
         return sequences, None
-    partition = Groups.of(groups, len(sequences))
+    partition = PromptGroups.of(groups, len(sequences))
     by_unit = partition.order.tolist()
     lengths = [sequences.bounds[s + 1] - sequences.bounds[s] for s in by_unit]
     sizes = [0, *partition.sizes.cumsum(0).tolist()]

@@ -65,7 +65,7 @@ class AccumulationSource:
 
     Args:
         model: its parameters that require grad now are watched; no change to model or loss.
-        param_groups: the parameters to watch instead, in groups; :meth:`group_moments` tells them apart.
+        param_groups: the parameters to watch instead, in groups; :meth:`parameter_group_moments` tells them apart.
         norm: the norm of a gradient: :func:`euclidean`, or an :class:`AdamNorm`.
 
     Raises:
@@ -78,7 +78,7 @@ class AccumulationSource:
         >>> for x in (3.0, 1.0):
         ...     (model(torch.tensor([[x]])).sum() / 2).backward()
         >>> moments = source.moments()
-        >>> moments.sq_norm_of_mean.item(), moments.mean_of_sq_norms.item(), moments.num
+        >>> moments.sq_norm_of_mean.item(), moments.mean_of_sq_norms.item(), moments.num_sub_batches
         (4.0, 5.0, 2)
     """
 
@@ -118,12 +118,12 @@ class AccumulationSource:
         """Moments of the batch accumulated since the last call; starts the next batch.
 
         Call it at any time between the last backward pass and the next: clipping, unscaling and the optimizer do
-        not matter. With no backward pass ``num`` is 1; what cannot be measured is NaN.
+        not matter. With no backward pass ``num_sub_batches`` is 1; what cannot be measured is NaN.
         """
-        return GradientMoments.of_parts(self.group_moments())
+        return GradientMoments.of_parts(self.parameter_group_moments())
 
     @torch.no_grad()
-    def group_moments(self) -> list[GradientMoments]:
+    def parameter_group_moments(self) -> list[GradientMoments]:
         """The same, one for each parameter group."""
         if self._running:
             self._fail()

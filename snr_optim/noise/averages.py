@@ -50,14 +50,14 @@ class MomentAverages:
         # Sums of S^2, S Q and Q^2 weighted by w_t^2: what the spread of the ratio over batches is computed from.
         self.signal_signal_sum, self.signal_sq_norm_sum, self.sq_norm_sq_norm_sum = zero, zero, zero
         self.weight_squared, self.weight_cubed = zero, zero
-        self.num = zero
+        self.num_sub_batches = zero
         self.observations, self.skipped_single, self.skipped_flat, self.skipped_invalid = zero, zero, zero, zero
 
     @torch.no_grad()
     def update(self, moments: GradientMoments) -> None:
         """Fold one batch in, or count why it could not be."""
         sq_norm, mean_sq = self._to_state(moments.sq_norm_of_mean), self._to_state(moments.mean_of_sq_norms)
-        num = self._to_state(moments.num)
+        num = self._to_state(moments.num_sub_batches)
         single = num < 2
         valid = torch.isfinite(sq_norm) & torch.isfinite(mean_sq) & (sq_norm >= 0)
         valid &= mean_sq >= (1 - ROUNDING) * sq_norm
@@ -76,7 +76,7 @@ class MomentAverages:
         self.sq_norm_sq_norm_sum = keep**2 * self.sq_norm_sq_norm_sum + (gain * sq_norm) ** 2
         self.weight_squared = keep**2 * self.weight_squared + gain**2
         self.weight_cubed = keep**3 * self.weight_cubed + gain**3
-        self.num = torch.where(usable, num, self.num)
+        self.num_sub_batches = torch.where(usable, num, self.num_sub_batches)
         self.observations = self.observations + usable
         self.skipped_single = self.skipped_single + single
         self.skipped_flat = self.skipped_flat + flat

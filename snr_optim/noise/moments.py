@@ -40,18 +40,19 @@ class GradientMoments:
     Args:
         sq_norm_of_mean: ``||g_hat||^2``, a float or a 0-d tensor.
         mean_of_sq_norms: ``sum_k c_k ||g_k||^2``, a float or a 0-d tensor.
-        num: number of sub-batches ``m``, an int, or a 0-d tensor where reading it would wait for a device. With one,
-            the noise is unknown (NaN).
+        num_sub_batches: ``m``, an int, or a 0-d tensor where reading it would wait for a device. With one, the noise is
+            unknown (NaN).
 
     Raises:
-        TypeError: a moment is neither a number nor a real 0-d tensor, or ``num`` neither an int nor a 0-d tensor.
-        ValueError: ``num < 1``; a moment is negative; or ``mean_of_sq_norms`` is below ``sq_norm_of_mean``
+        TypeError: a moment is neither a number nor a real 0-d tensor, or ``num_sub_batches`` neither an int nor a 0-d
+            tensor.
+        ValueError: ``num_sub_batches < 1``; a moment is negative; or ``mean_of_sq_norms`` is below ``sq_norm_of_mean``
             by more than rounding (1 %), which no gradients can give (Jensen) but wrongly scaled
             sub-batches can. Tensors on an accelerator are not looked at here, which would synchronise;
             :meth:`MomentAverages.update` leaves such moments out. NaN and inf are data, not mistakes.
 
     Example:
-        >>> moments = GradientMoments(sq_norm_of_mean=3.0, mean_of_sq_norms=9.0, num=4)
+        >>> moments = GradientMoments(sq_norm_of_mean=3.0, mean_of_sq_norms=9.0, num_sub_batches=4)
         >>> moments.noise, moments.signal, moments.batch_snr
         (2.0, 1.0, 0.5)
         >>> round(moments.lr_factor, 4)
@@ -60,15 +61,14 @@ class GradientMoments:
 
     sq_norm_of_mean: Number
     mean_of_sq_norms: Number
-    num: int | Tensor
+    num_sub_batches: int | Tensor
 
     def __post_init__(self) -> None:
-        if isinstance(self.num, bool) or not (
-            isinstance(self.num, int) or (isinstance(self.num, Tensor) and not self.num.dim())
-        ):
-            raise TypeError(f"num: expected the number of sub-batches as an int or a 0-d tensor, got {self.num!r}")
-        if isinstance(self.num, int) and self.num < 1:
-            raise ValueError(f"num: expected at least one sub-batch, got {self.num}")
+        num = self.num_sub_batches
+        if isinstance(num, bool) or not (isinstance(num, int) or (isinstance(num, Tensor) and not num.dim())):
+            raise TypeError(f"num_sub_batches: expected an int or a 0-d tensor, got {num!r}")
+        if isinstance(num, int) and num < 1:
+            raise ValueError(f"num_sub_batches: expected at least one, got {num}")
         sq_norm = _checked_sq_norm("sq_norm_of_mean", self.sq_norm_of_mean)
         mean_sq = _checked_sq_norm("mean_of_sq_norms", self.mean_of_sq_norms)
         if mean_sq < (1 - ROUNDING) * sq_norm:
@@ -96,7 +96,7 @@ class GradientMoments:
 
         Example:
             >>> GradientMoments.from_gradients([torch.tensor([3.0]), torch.tensor([1.0])])
-            GradientMoments(sq_norm_of_mean=4.0, mean_of_sq_norms=5.0, num=2)
+            GradientMoments(sq_norm_of_mean=4.0, mean_of_sq_norms=5.0, num_sub_batches=2)
         """
         if len(gradients) == 0:
             raise ValueError("gradients: expected at least one sub-batch gradient, got none")
@@ -121,24 +121,24 @@ class GradientMoments:
         """Moments of a whole gradient from those of disjoint groups of its parameters, over the same sub-batches.
 
         Raises:
-            ValueError: no parts, or parts of differing ``num``.
+            ValueError: no parts, or parts of differing ``num_sub_batches``.
 
         Example:
             >>> GradientMoments.of_parts([GradientMoments(3.0, 9.0, 4), GradientMoments(1.0, 2.0, 4)])
-            GradientMoments(sq_norm_of_mean=4.0, mean_of_sq_norms=11.0, num=4)
+            GradientMoments(sq_norm_of_mean=4.0, mean_of_sq_norms=11.0, num_sub_batches=4)
         """
         if len(parts) == 0:
             raise ValueError("parts: expected the moments of at least one group")
-        nums = [part.num for part in parts]
+        nums = [part.num_sub_batches for part in parts]
         if len({num for num in nums if isinstance(num, int)}) > 1:
-            raise ValueError(f"parts: expected the same sub-batches in every group, got num {nums}")
+            raise ValueError(f"parts: expected the same sub-batches in every group, got {nums}")
         sq_norm = sum(part.sq_norm_of_mean for part in parts)
         return cls(sq_norm, sum(part.mean_of_sq_norms for part in parts), nums[0])
 
     @property
     def noise(self) -> Number:
-        """``V_hat``, the trace of the covariance of the batch gradient; NaN when ``num`` is 1."""
-        noise: Number = noise_of(self.sq_norm_of_mean, self.mean_of_sq_norms, self.num)
+        """``V_hat``, the trace of the covariance of the batch gradient; NaN when ``num_sub_batches`` is 1."""
+        noise: Number = noise_of(self.sq_norm_of_mean, self.mean_of_sq_norms, self.num_sub_batches)
         return noise
 
     @property

@@ -78,7 +78,7 @@ def test_adascale_is_its_gain_by_definition():
 
 
 def test_attach_overhead_measures_a_step(tmp_path, monkeypatch, capsys):
-    options = ["--models", "tiny", "--metrics", "euclidean", "--steps", "2", "--out", str(tmp_path)]
+    options = ["--models", "tiny", "--norms", "euclidean", "--steps", "2", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["bench", *options])
     attach_overhead.main()
     [row] = json.loads((tmp_path / "attach_overhead.json").read_text())["rows"]

@@ -96,7 +96,7 @@ def train(model, *, deferred, micro_batches=MICRO_BATCHES, scale=1.0, spare=Fals
         scheduler.step()
         optimizer.zero_grad(set_to_none=step % 2 == 0)
         moments = handle.moments
-        assert moments.num == micro_batches * dist.get_world_size()
+        assert moments.num_sub_batches == micro_batches * dist.get_world_size()
         assert float(moments.sq_norm_of_mean) == pytest.approx(reference.sq_norm_of_mean, rel=REL)
         assert float(moments.mean_of_sq_norms) == pytest.approx(reference.mean_of_sq_norms, rel=REL)
         assert_same_everywhere(scheduler)
@@ -274,7 +274,7 @@ def unequal():
             (loss_of(model, rank, 0, k) * size * world / total).backward()
     optimizer.step()
     optimizer.zero_grad()
-    assert handle.moments.num == sum(map(len, sizes))
+    assert handle.moments.num_sub_batches == sum(map(len, sizes))
     assert float(handle.moments.sq_norm_of_mean) == pytest.approx(reference.sq_norm_of_mean, rel=REL)
     assert float(handle.moments.mean_of_sq_norms) == pytest.approx(reference.mean_of_sq_norms, rel=REL)
     factor = scheduler.factor
@@ -360,7 +360,7 @@ def refused():
 
     world = dist.get_world_size()
     refuses(Model(), f"{world} processes")
-    refuses(sharded(), "euclidean", NotImplementedError, metric="optimizer")
+    refuses(sharded(), "euclidean", NotImplementedError, norm="adam")
     mesh = init_device_mesh("cpu", (world,))
     refuses(parallelize_module(Model(), mesh, {"first": ColwiseParallel()}), "processes|sharded")
     half = dist.new_group([0])

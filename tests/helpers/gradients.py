@@ -29,7 +29,7 @@ def explicit_gradients(model, losses):
 
 
 def is_invalid(moments):
-    return moments.num > 1 and math.isnan(moments.mean_of_sq_norms)
+    return moments.num_sub_batches > 1 and math.isnan(moments.mean_of_sq_norms)
 
 
 class Blocks(nn.Module):

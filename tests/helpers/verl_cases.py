@@ -134,7 +134,11 @@ def measured_steps(deferred, optimizer, pads):
         assert outputs["metrics"]["snr/observations"] == [step + 1]
         assert engine.lr_scheduler_step() == pytest.approx(1e-2 * factor, rel=1e-4)  # what verl logs
         assert engine.optimizer.param_groups[0]["lr"] == 1e-2
-    assert float(engine.optimizer.steps.handle.moments.num) == 2 * len(seen) if dist.get_world_size() == 2 else True
+    assert (
+        float(engine.optimizer.steps.handle.moments.num_sub_batches) == 2 * len(seen)
+        if dist.get_world_size() == 2
+        else True
+    )
     state = engine.lr_scheduler.state_dict()
     resumed = engine_of(sharded(), deferred, **options)
     resumed.lr_scheduler.load_state_dict(state)

@@ -23,7 +23,7 @@ def workers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("target", cc.TARGETS)
-@pytest.mark.parametrize("module", cc.MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("module", cc.MODULES, ids=lambda module: module.__name__.split(".")[1])
 def test_no_spills_and_shared_memory_within_limits(workers, module, target):
     configurations = list(module.configurations())
     assert len(configurations) == cc.MODULES[module]

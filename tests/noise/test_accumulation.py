@@ -20,7 +20,7 @@ EXACT = 1e-12  # the same float64 sums in another order
 def assert_equal(moments, expected, rel=EXACT):
     assert float(moments.sq_norm_of_mean) == pytest.approx(float(expected.sq_norm_of_mean), rel=rel)
     assert float(moments.mean_of_sq_norms) == pytest.approx(float(expected.mean_of_sq_norms), rel=rel)
-    assert moments.num == expected.num
+    assert moments.num_sub_batches == expected.num_sub_batches
 
 
 @settings(deadline=None, max_examples=20)
@@ -60,7 +60,7 @@ def test_groups_add_up():
     whole, parts = AccumulationSource(model), AccumulationSource(model, [layer.parameters() for layer in model])
     for one in inputs:
         model(one).square().sum().backward()
-    first, second = parts.group_moments()
+    first, second = parts.parameter_group_moments()
     assert_equal(GradientMoments.of_parts([first, second]), whole.moments())
     assert float(first.sq_norm_of_mean) > 0
     assert float(second.sq_norm_of_mean) > 0
@@ -188,7 +188,7 @@ def test_losses_of_different_parts_are_not_two_sub_batches():
             for part in (actor, critic):
                 part(torch.ones(2)).sum().backward()
     moments = source.moments()
-    assert moments.num == 2
+    assert moments.num_sub_batches == 2
     assert float(moments.noise) == pytest.approx(0.0, abs=1e-6)
 
 
@@ -200,7 +200,7 @@ def test_a_skipped_micro_batch_is_a_sub_batch_without_gradient():
             if x is not None:
                 (model(torch.full((1, 1), x)).sum() / 2).backward()
     moments = source.moments()
-    assert (moments.sq_norm_of_mean.item(), moments.mean_of_sq_norms.item(), moments.num) == (4.0, 8.0, 2)
+    assert (moments.sq_norm_of_mean.item(), moments.mean_of_sq_norms.item(), moments.num_sub_batches) == (4.0, 8.0, 2)
 
 
 def test_autograd_grad_is_no_sub_batch():
@@ -209,7 +209,7 @@ def test_autograd_grad_is_no_sub_batch():
     for _ in range(2):
         model(torch.ones(2)).sum().backward()
         torch.autograd.grad(model(torch.ones(2)).sum(), list(model.parameters()))
-    assert source.moments().num == 2
+    assert source.moments().num_sub_batches == 2
     assert source.dropped == 0
 
 
@@ -264,7 +264,7 @@ def test_a_backward_pass_that_fails_does_not_spoil_the_next_batch():
     for _ in range(2):
         model(torch.ones(1, 1)).sum().backward()
     moments = source.moments()
-    assert moments.num == 2
+    assert moments.num_sub_batches == 2
     assert float(moments.noise) == pytest.approx(0.0, abs=1e-6)
     model.zero_grad()
     with pytest.raises(MemoryError):
@@ -275,7 +275,7 @@ def test_a_backward_pass_that_fails_does_not_spoil_the_next_batch():
 
 def test_nothing_recorded_is_one_unknown_sub_batch():
     moments = AccumulationSource(nn.Linear(1, 1)).moments()
-    assert moments.num == 1
+    assert moments.num_sub_batches == 1
     assert math.isnan(moments.mean_of_sq_norms)
 
 
@@ -330,7 +330,7 @@ def test_no_gradient_is_kept():
     del gradient
     model.zero_grad()
     assert alive() is None
-    assert source.moments().num == 2
+    assert source.moments().num_sub_batches == 2
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam])

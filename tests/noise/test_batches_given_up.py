@@ -66,7 +66,7 @@ class Run:
         """The next step is that of the sub-batches with these inputs."""
         self.optimizer.step()
         expected = GradientMoments.from_gradients([torch.tensor([x, x]) for x in xs])
-        assert self.handle.moments.num == len(xs)
+        assert self.handle.moments.num_sub_batches == len(xs)
         assert self.scheduler.factor == pytest.approx(max(0.0, expected.lr_factor), rel=1e-12)
 
 

@@ -387,7 +387,7 @@ def test_per_group_factors_are_those_of_the_groups():
 def test_metric_optimizer_measures_in_the_metric_of_the_last_step():
     model = tied_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.99), eps=1e-5)
-    scheduler, handle = attached(model, optimizer, metric="optimizer")
+    scheduler, handle = attached(model, optimizer, norm="adam")
     backward(model)
     optimizer.step()
     optimizer.zero_grad()
@@ -408,7 +408,7 @@ def test_metric_optimizer_measures_in_the_metric_of_the_last_step():
 
 def test_metric_optimizer_falls_back_with_one_warning():
     model = tied_model()
-    scheduler = SNRAdaptiveLR(torch.optim.SGD(model.parameters(), lr=1e-3), metric="optimizer")
+    scheduler = SNRAdaptiveLR(torch.optim.SGD(model.parameters(), lr=1e-3), norm="adam")
     with pytest.warns(UserWarning, match="SGD") as warned:
         handle = scheduler.attach(model)
     assert len(warned) == 1
@@ -497,7 +497,7 @@ def test_trap_16_a_copy_is_not_attached():
     twin_handle = twin_scheduler.attach(twin)
     backward(twin)
     twin_optimizer.step()
-    assert twin_handle.moments.num == 4
+    assert twin_handle.moments.num_sub_batches == 4
     assert handle.moments is None
 
 
@@ -519,7 +519,7 @@ def test_attach_once_remove_any_time():
     with scheduler.attach(model) as handle:
         backward(model)
         optimizer.step()
-    assert handle.moments.num == 4
+    assert handle.moments.num_sub_batches == 4
     assert not handle.attached
 
 

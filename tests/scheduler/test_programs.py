@@ -114,7 +114,7 @@ def mean_of_ratios(monkeypatch):
     def normalised(self, moments):
         square = torch.as_tensor(moments.sq_norm_of_mean)
         if square > 0 and square.isfinite():
-            moments = GradientMoments(square / square, moments.mean_of_sq_norms / square, moments.num)
+            moments = GradientMoments(square / square, moments.mean_of_sq_norms / square, moments.num_sub_batches)
         update(self, moments)
 
     monkeypatch.setattr(MomentAverages, "update", normalised)
@@ -185,15 +185,15 @@ def leftovers_are_not_noticed(monkeypatch):
 
 def clipped_gradients_are_measured(monkeypatch):
     """As a hook before the step would find them."""
-    group_moments = AccumulationSource.group_moments
+    parameter_group_moments = AccumulationSource.parameter_group_moments
 
     def late(self):
         for i, p in enumerate(self.parameters):
             if i in self._batch.of_grad and p.grad is not None:
                 self._batch.of_grad[i] = self._norm_of_grad(p)
-        return group_moments(self)
+        return parameter_group_moments(self)
 
-    monkeypatch.setattr(AccumulationSource, "group_moments", late)
+    monkeypatch.setattr(AccumulationSource, "parameter_group_moments", late)
 
 
 def schedule_is_ignored(monkeypatch):
@@ -258,7 +258,7 @@ def flat_batches_count_as_observations(monkeypatch):
 
 def failed_passes_are_kept(monkeypatch):
     """What arrived before a backward pass failed counts like any other gradient."""
-    on_begin, group_moments = AccumulationSource._on_begin, AccumulationSource.group_moments
+    on_begin, parameter_group_moments = AccumulationSource._on_begin, AccumulationSource.parameter_group_moments
 
     def begin(self, *one):
         self._running.clear()
@@ -266,10 +266,10 @@ def failed_passes_are_kept(monkeypatch):
 
     def moments(self):
         self._running.clear()
-        return group_moments(self)
+        return parameter_group_moments(self)
 
     monkeypatch.setattr(AccumulationSource, "_on_begin", begin)
-    monkeypatch.setattr(AccumulationSource, "group_moments", moments)
+    monkeypatch.setattr(AccumulationSource, "parameter_group_moments", moments)
 
 
 def optimizers_metric_is_ignored(monkeypatch):

@@ -348,8 +348,8 @@ def test_bad_arguments_are_named():
         SNRAdaptiveLR(optimizer, min_factor=0.5, max_factor=0.1)
     with pytest.raises(ValueError, match="smoothing"):
         SNRAdaptiveLR(optimizer, smoothing=1.0)
-    with pytest.raises(ValueError, match="metric"):
-        SNRAdaptiveLR(optimizer, metric="manhattan")
+    with pytest.raises(ValueError, match="norm"):
+        SNRAdaptiveLR(optimizer, norm="manhattan")
     with pytest.raises(TypeError, match="moments"):
         SNRAdaptiveLR(optimizer).observe((1.0, 2.0, 3))
 
@@ -394,7 +394,7 @@ def test_metrics_are_floats_under_stable_names():
     assert metrics["degrees_of_freedom"] == pytest.approx(3 * 1.95**2 / (1 + 0.95**2))
 
 
-def test_per_group_moments_set_per_group_factors():
+def test_per_parameter_group_moments_set_per_group_factors():
     optimizer = make_optimizer(groups=2)
     scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0, per_group=True)
     scheduler.observe([HALF, GradientMoments(1.0, 1.0, 4)])

@@ -1,4 +1,4 @@
-"""The torch path of `norm_grad_norms` and `embedding_grad_norms`. For every device and dtype that torch has."""
+"""The torch path of both ops, for every device and dtype that torch has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from snr_kernels.segments import Segments, segment_sums
 
 
 def norm(inputs: Tensor, grad_outputs: Tensor, segments: Segments, eps: float, center: bool, bias: bool) -> Tensor:
-    """As `norm_grad_norms`, of checked arguments."""
+    """As `normalization_grad_norms`, of checked arguments."""
     exact = exact_dtype(grad_outputs)
     g = grad_outputs.to(exact)
     if inputs.dtype == exact == torch.float32 and not center and segments.length:

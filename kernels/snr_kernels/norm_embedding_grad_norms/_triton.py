@@ -1,4 +1,4 @@
-"""The Triton kernels of `norm_grad_norms` and `embedding_grad_norms`, and every configuration they are launched in.
+"""The Triton kernels of both ops, and every configuration they are launched in.
 
 `scale_gradients`: a program per block of rows of a sequence leaves the part of these rows in the gradient of the scale,
 and of the bias. `sum_pieces`: a program per piece, up to 64 neighbours of one id in the order of sequences and ids; its
@@ -180,7 +180,7 @@ def row_blocks(segments: Segments, rows: int) -> Programs:
 
 
 def norm(inputs: Tensor, grad_outputs: Tensor, segments: Segments, eps: float, center: bool, bias: bool) -> Tensor:
-    """As `norm_grad_norms`, of checked arguments."""
+    """As `normalization_grad_norms`, of checked arguments."""
     rows, width = inputs.shape
     full = 16 * triton.cdiv(width, 16)
     if full > WIDTHS[-1]:  # a row no longer fits the registers

@@ -16,7 +16,7 @@ from snr_kernels.norm_embedding_grad_norms import _torch
 from snr_kernels.segments import Segments
 
 
-def norm_grad_norms(
+def normalization_grad_norms(
     inputs: Tensor,
     grad_outputs: Tensor,
     cu_seqlens: Tensor | Segments,
@@ -54,7 +54,8 @@ def norm_grad_norms(
     Example:
         >>> import torch
         >>> x, g = torch.tensor([[3.0, -3.0], [2.0, 2.0]]), torch.tensor([[1.0, 1.0], [5.0, 0.0]])
-        >>> norm_grad_norms(x, g, torch.tensor([0, 1, 2]), eps=0.0).round(decimals=4)     # ||(1, -1)||^2, ||(5, 0)||^2
+        >>> norms = normalization_grad_norms(x, g, torch.tensor([0, 1, 2]), eps=0.0)     # ||(1, -1)||^2, ||(5, 0)||^2
+        >>> norms.round(decimals=4)
         tensor([ 2., 25.])
     """
     segments = Segments.of(cu_seqlens).on(inputs.device)

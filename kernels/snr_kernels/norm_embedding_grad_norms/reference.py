@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 
-def norm_grad_norms_reference(
+def normalization_grad_norms_reference(
     inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, eps: float, *, center: bool = False, bias: bool = False
 ) -> Tensor:
     """The same by the definition, one sequence after another, in float64.
 
     Example:
-        >>> norm_grad_norms_reference(torch.ones(2, 2), torch.ones(2, 2), torch.tensor([0, 2]), 0.0, bias=True)
+        >>> normalization_grad_norms_reference(torch.ones(2, 2), torch.ones(2, 2), torch.tensor([0, 2]), 0.0, bias=True)
         tensor([16.], dtype=torch.float64)
     """
     norms = []

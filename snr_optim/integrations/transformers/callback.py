@@ -49,7 +49,7 @@ class SNRCallback(TrainerCallback, ExportableState):
     ones of an epoch may not: ``dataloader_drop_last=True`` leaves them out.
 
     Args:
-        options: those of :class:`SNRAdaptiveLR`: ``smoothing``, ``min_factor``, ``max_factor``, ``metric``, ``adapt``,
+        options: those of :class:`SNRAdaptiveLR`: ``smoothing``, ``min_factor``, ``max_factor``, ``norm``, ``adapt``,
             ``per_group``.
 
     Attributes:

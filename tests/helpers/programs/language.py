@@ -31,7 +31,7 @@ class Setting:
     min_factor: float = 0.0
     max_factor: float = 1.0
     per_group: bool = False
-    metric: str = "euclidean"  # or optimizer
+    norm: str = "euclidean"  # or adam
     adapt: bool = True
     scaler: bool = False  # the loop uses a GradScaler
     wrapper: str | None = None  # ddp, ddp as views, or fully_shard, of two processes
@@ -220,7 +220,7 @@ def _setting(draw: random.Random) -> Setting:
         min_factor=draw.choice([0.0, 0.0, 0.01, 0.2]),
         max_factor=draw.choice([1.0, 1.0, 0.6]),
         per_group=draw.random() < 0.3,
-        metric="optimizer" if optimizer in ADAMS and draw.random() < 0.4 else "euclidean",
+        norm="adam" if optimizer in ADAMS and draw.random() < 0.4 else "euclidean",
         adapt=draw.random() < 0.95,
         scaler=draw.random() < 0.2,
     )
@@ -323,7 +323,7 @@ def _copy(draw: random.Random) -> Copy:
 def _distributed(setting: Setting, wrapper: str, draw: random.Random) -> Setting:
     """What two processes run on a CPU: no scaler; with sharded parameters no tensor lr, nor what knows no DTensor."""
     model = setting.model if setting.model in ("plain", "experts", "checkpointed") else "plain"
-    setting = replace(setting, model=model, scaler=False, wrapper=wrapper, metric="euclidean")
+    setting = replace(setting, model=model, scaler=False, wrapper=wrapper, norm="euclidean")
     if wrapper != "fully_shard":
         return setting
     optimizer = draw.choice(["sgd", "momentum", "adam", "adamw"])

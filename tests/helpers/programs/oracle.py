@@ -349,17 +349,17 @@ class Oracle:
             present = [(n / math.fsum(sizes), g) for n, g in zip(sizes, h, strict=True) if g is not None]
             if present:
                 if all(not g.any() for _, g in present) and not self.optimizer.state.get(self.params[name]):
-                    continue  # whose norm is 0, though nothing is known of the metric
-                metric = self._metric(name)
-                sq_norm += (metric * sum(g for _, g in present).square()).sum().item()
-                mean_sq += math.fsum(c * (metric * (g / c).square()).sum().item() for c, g in present)
+                    continue  # whose norm is 0, though nothing is known of the norm
+                scale = self._scale_of_squares(name)
+                sq_norm += (scale * sum(g for _, g in present).square()).sum().item()
+                mean_sq += math.fsum(c * (scale * (g / c).square()).sum().item() for c, g in present)
         return sq_norm, mean_sq
 
-    def _metric(self, name: str) -> Tensor:
+    def _scale_of_squares(self, name: str) -> Tensor:
         """What the square of an entry is multiplied by: 1, or Adam's ``1 / (sqrt(v_hat) + eps)`` of the last step."""
         p = self.params[name]
         [group] = [one for one in self.optimizer.param_groups if any(q is p for q in one["params"])]
-        if self.setting.metric == "euclidean" or not {"betas", "eps"} <= group.keys():
+        if self.setting.norm == "euclidean" or not {"betas", "eps"} <= group.keys():
             return torch.ones(())
         state = self.optimizer.state.get(p)
         if not state:

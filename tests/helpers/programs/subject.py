@@ -219,7 +219,7 @@ class Subject:
             min_factor=setting.min_factor,
             max_factor=setting.max_factor,
             per_group=setting.per_group,
-            metric=setting.metric,
+            norm=setting.norm,
             adapt=setting.adapt,
         )
         self.driver: Any = self.scheduler  # what the loop steps
