@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _modules
 
+from snr_optim._torch import is_fully_shard
 from snr_optim.grad_norms.capture import Observation
 from snr_optim.grad_norms.rules import Rule, counts_uses, rule_of
-from snr_optim.noise.data_parallel import is_fully_shard
 
 
 @dataclass(eq=False)
