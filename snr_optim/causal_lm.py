@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,7 @@ def model_logprob_stats(
     expect_outcome(logits, instead, labels.shape, after, scaling)
     values = iter(_Joined.apply(logits, *found))  # type: ignore[no-untyped-call]
     asked = [next(values) if name in outputs else None for name in LogprobStats._fields]  # in this order
-    return LogprobStats(*cast("list[Tensor]", asked))
+    return LogprobStats(*asked)
 
 
 def _expect_ids(input_ids: Tensor, labels: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +93,10 @@ class GradWeightedBaseline(nn.Module):
 
     def __init__(
         self,
-        scope: str = "shrink",
+        scope: Literal["shrink", "group", "batch"] = "shrink",
         leave_one_out: bool = True,
         *,
-        kappa: float | str = "auto",
+        kappa: float | Literal["auto"] = "auto",
         decay: float = 0.5,
         process_group: ProcessGroup | None = None,
     ) -> None:
