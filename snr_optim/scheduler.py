@@ -251,8 +251,9 @@ class SNRAdaptiveLR(LRScheduler):
         until ``step()`` moves the ceiling);
         averaged ``signal``, ``noise`` and ``snr = signal / noise`` with its ``snr_standard_error`` (from the spread
         over batches, so NaN below two, and with ``smoothing=0``); ``degrees_of_freedom`` of the noise;
-        ``critical_batch_size = noise / signal`` x the number of sub-batches, so in units of one sub-batch
-        (inf where no signal is left); and the counts ``observations``, ``floor_bound`` (observations that found
+        ``critical_batch_size = noise / signal`` x the number of sub-batches: the gradient noise scale
+        ``tr(Sigma) / ||G||^2`` of McCandlish et al. 2018 (eq. 2.9), in units of one sub-batch (inf where no signal is
+        left); and the counts ``observations``, ``floor_bound`` (observations that found
         a factor below ``min_factor``), ``skipped_single`` (fewer than two sub-batches), ``skipped_flat`` (all gradients
         zero), ``skipped_invalid`` (NaN, inf, impossible or not measurable) and ``skipped_unstepped`` (batches
         whose gradients were cleared without a step of this optimizer, as when a ``GradScaler`` skips it, or after the
