@@ -164,6 +164,8 @@ def test_ci_covers_the_versions_that_the_package_allows(load):
     assert {python for python, _ in tested} == {"3.10", "3.11", "3.12", "3.13"}
     assert {torch for _, torch in tested} == {f"{oldest_torch}.0", pins["torch"]}
     assert {pin.split("==")[0] for row in rows for pin in row.get("pins", "").split()} <= pins.keys()
+    left_out = [words.removeprefix("--ignore=") for row in rows for words in row.get("pytest", "").split()]
+    assert all((ROOT / path).is_file() for path in left_out)
 
 
 def test_pre_commit_runs_what_make_lint_runs(load):
