@@ -1,4 +1,4 @@
-"""SNRAdaptiveLR in the situations that break schedulers; the trap numbers are those that the names tell."""
+"""SNRAdaptiveLR in the situations that break schedulers: resuming, sequences, inner schedules, foreign hands on the lr."""
 
 from __future__ import annotations
 
