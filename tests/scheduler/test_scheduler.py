@@ -1,4 +1,4 @@
-"""SNRAdaptiveLR in the situations that break schedulers: resuming, sequences, inner schedules, foreign hands on the lr."""
+"""SNRAdaptiveLR in situations that break schedulers: resuming, sequences, inner schedules, another hand on the lr."""
 
 from __future__ import annotations
 
