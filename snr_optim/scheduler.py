@@ -153,6 +153,8 @@ class SNRAdaptiveLR(LRScheduler):
         self._in_sequence = False  # of a SequentialLR, whose other children write the lr in their time
         self._marks: list[Mark] | None = None  # on what was written last; None while another scheduler is in charge
         self._by_value = False  # equal lrs stand for those marked: a checkpoint or a copy has put others in their place
+        # In torch 2.6 a SequentialLR makes initial_lr the live tensor, which its first child then overwrites.
+        self._initial_lrs = copies_of([group.get("initial_lr", group["lr"]) for group in optimizer.param_groups])
         self._at_construction: list[LR] | None = copies_of(lrs_of(optimizer))
         super().__init__(optimizer)
         self._at_construction = None
@@ -384,8 +386,8 @@ class SNRAdaptiveLR(LRScheduler):
         A ``SequentialLR`` starts its children anew, when it has put the ``initial_lr`` of all groups back.
         """
         self._in_sequence = self._at_construction is None
-        initial = [group["initial_lr"] for group in self.optimizer.param_groups]
-        self.base_lrs = copies_of(initial if self._at_construction is None else self._at_construction)
+        added = [group["initial_lr"] for group in self.optimizer.param_groups[len(self._initial_lrs) :]]
+        self.base_lrs = copies_of(self._initial_lrs + added if self._at_construction is None else self._at_construction)
 
     def _update_lr(self, epoch: int | None = None) -> None:
         """What ``SequentialLR`` calls, instead of ``step()``, to hand over to this scheduler."""
