@@ -18,9 +18,8 @@ from snr_kernels.dispatch import Impl
 from snr_kernels.lm_head import linear_logprob_stats
 from snr_kernels.logprob_stats import LogprobStats
 from snr_optim.after_head import AfterHead, Scaling, Trial, expect_outcome, logits_of, stand_in
-from snr_optim.grad_norms.hooks import unobserved
-
-IGNORE_INDEX = -100
+from snr_optim.grad_norms.proxies import IGNORE_INDEX as IGNORE_INDEX
+from snr_optim.grad_norms.replay import unobserved
 
 
 def model_logprob_stats(

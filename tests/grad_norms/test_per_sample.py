@@ -407,7 +407,7 @@ def test_the_check_costs_nothing_where_no_parameter_gets_a_gradient(monkeypatch)
     def expect(self, uses):
         raise AssertionError("computes weight gradients")
 
-    monkeypatch.setattr("snr_optim.grad_norms.check.GradientCheck.expect", expect)
+    monkeypatch.setattr("snr_optim.grad_norms.coverage.GradientCheck.expect", expect)
     model = Small()
     norms = PerSampleGradNorms(model)
     with norms.sequences(batch_size=B):

@@ -10,8 +10,8 @@ from torch import nn
 
 from snr_kernels.segments import Segments
 from snr_optim import PerSampleGradNorms
-from snr_optim.grad_norms.accumulate import FEWEST, SketchTotals, next_size
-from snr_optim.grad_norms.contributions import BiasUse, MatrixUse
+from snr_optim.grad_norms.accumulate import FEWEST_COLUMNS, SketchedNorms, next_num_columns
+from snr_optim.grad_norms.contributions import BiasContribution, MatrixContribution
 
 T, B = 48, 3
 
@@ -108,7 +108,7 @@ def test_mean_over_all_signs_is_the_norm(lengths, d_in, d_out, transposed):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     segments = Segments.of(bounds)
     left, right = torch.randn(segments.rows, d_out).double(), torch.randn(segments.rows, d_in).double()
-    use = MatrixUse(left, right, segments, (d_out, d_in), transposed)
+    use = MatrixContribution(left, right, segments, (d_out, d_in), transposed)
     signs = torch.ones(1, 1)
     while len(signs) < d_out:
         signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
@@ -119,19 +119,19 @@ def test_mean_over_all_signs_is_the_norm(lengths, d_in, d_out, transposed):
 def test_short_sequences_are_exact():
     """Gram matrices of ``T <= 2k`` tokens cost no more than ``k`` columns."""
     segments = Segments.uniform(2, 16, torch.device("cpu"))
-    use = MatrixUse(torch.randn(32, 50), torch.randn(32, 40), segments, (50, 40))
-    totals = SketchTotals(2, torch.device("cpu"), 8, (0, 0))
-    totals.add({"weight": "weight", "bias": "bias"}, {"weight": use, "bias": BiasUse(use.left, segments)})
+    use = MatrixContribution(torch.randn(32, 50), torch.randn(32, 40), segments, (50, 40))
+    totals = SketchedNorms(2, torch.device("cpu"), 8, (0, 0))
+    totals.add({"weight": "weight", "bias": "bias"}, {"weight": use, "bias": BiasContribution(use.left, segments)})
     squared, variances = totals.finish()
     assert variances is not None
     assert variances.max() == 0
-    assert torch.allclose(squared, use.squared() + BiasUse(use.left, segments).squared(), rtol=1e-5)
+    assert torch.allclose(squared, use.squared() + BiasContribution(use.left, segments).squared(), rtol=1e-5)
 
 
-def test_next_size_forgets_what_it_cannot_tell():
+def test_next_num_columns_forgets_what_it_cannot_tell():
     nothing = torch.zeros(3)
-    assert next_size(16, nothing, nothing, 0.1) == 16  # no norm
-    assert next_size(16, torch.full((3,), torch.nan), torch.ones(3), 0.1) == 16
-    assert next_size(16, torch.ones(3), nothing, 0.1) == 16  # it was exact
-    assert next_size(FEWEST, torch.ones(3), torch.full((3,), 1e-9), 0.1) == FEWEST
-    assert next_size(16, torch.ones(3), torch.full((3,), 0.04), 0.1) in (32, 33)  # half the way to 64
+    assert next_num_columns(16, nothing, nothing, 0.1) == 16  # no norm
+    assert next_num_columns(16, torch.full((3,), torch.nan), torch.ones(3), 0.1) == 16
+    assert next_num_columns(16, torch.ones(3), nothing, 0.1) == 16  # it was exact
+    assert next_num_columns(FEWEST_COLUMNS, torch.ones(3), torch.full((3,), 1e-9), 0.1) == FEWEST_COLUMNS
+    assert next_num_columns(16, torch.ones(3), torch.full((3,), 0.04), 0.1) in (32, 33)  # half the way to 64
