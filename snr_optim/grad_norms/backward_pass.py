@@ -15,7 +15,7 @@ from snr_optim.grad_norms.accumulate import NormAccumulator
 from snr_optim.grad_norms.capture import ForwardCall
 from snr_optim.grad_norms.contributions import Contributions
 from snr_optim.grad_norms.coverage import Coverage
-from snr_optim.grad_norms.layers import Layer, why_not_reported
+from snr_optim.grad_norms.layers import Layer
 from snr_optim.grad_norms.layout import Layout
 from snr_optim.grad_norms.rules import Call, EmbeddingRule
 
@@ -77,7 +77,7 @@ class BackwardPass:
                 if self._ran_for_norms_alone
                 else "sequences: no backward pass through the model within the block"
             )
-        self._coverage.expect_every_use(self._why_not_reported)
+        self._coverage.expect_every_use()
         with exactly(self._layout.device):
             return self._norms.finish()
 
@@ -111,7 +111,7 @@ class BackwardPass:
         Raises:
             RuntimeError: it is not what the layers account for.
         """
-        self._coverage.expect_gradient(name, gradient, self._why_not_reported)
+        self._coverage.expect_gradient(name, gradient)
 
     # -- how it goes on from there ------------------------------------------------------------------
 
@@ -157,9 +157,6 @@ class BackwardPass:
         if len(others) != 1 or not isinstance(others[0].rule, EmbeddingRule) or len(others[0].waiting) != 1:
             return None
         return next(iter(others[0].waiting)).inputs()
-
-    def _why_not_reported(self, name: str) -> str:
-        return why_not_reported(self._layers, name)
 
 
 def _expect_a_call_that_rules_cover(layer: Layer, call: ForwardCall) -> None:

@@ -6,7 +6,7 @@ Two things tell: how often the autograd graph uses each parameter, and the gradi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from snr_optim._torch import ensure_runs_last
 from snr_optim.grad_norms.contributions import Contribution
+from snr_optim.grad_norms.layers import Layer, ParameterNames, why_not_reported
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative to the norm of the gradient
 LOW_PRECISION = 5e-2  # ... where products were rounded; a gradient that was summed in low precision tells nothing
@@ -28,17 +29,16 @@ class Coverage:
     """Compares what the layers report in one backward pass with the graph and, where there are any, the gradients.
 
     Args:
-        name_of: the name of a parameter that is measured; None for other leaves.
-        uncounted: parameters, by name, that their layer may use as often as it likes.
+        layers: the layers that are measured.
+        names: the names of their parameters.
         gradients: compares gradients; None to compare none.
     """
 
-    def __init__(
-        self, name_of: Callable[[Tensor], str | None], uncounted: Collection[str], gradients: GradientCheck | None
-    ) -> None:
-        self.graph = ParameterUses(name_of)
+    def __init__(self, layers: list[Layer], names: ParameterNames, gradients: GradientCheck | None) -> None:
+        self.graph = ParameterUses(names)
         self.gradients = gradients
-        self._uncounted = uncounted
+        self._layers = layers
+        self._uncounted = {name for layer in layers if not layer.counts_uses for name in layer.names.values()}
         self._reported: Counter[str] = Counter()  # uses of each parameter
         self._lowest = torch.float64  # precision among the gradients of outputs
 
@@ -49,7 +49,7 @@ class Coverage:
         if self.gradients is not None:
             self.gradients.expect(contributions)
 
-    def expect_gradient(self, name: str, gradient: Tensor, why_not_reported: Callable[[str], str]) -> None:
+    def expect_gradient(self, name: str, gradient: Tensor) -> None:
         """Compare the gradient that autograd is about to accumulate with what the layers reported.
 
         Raises:
@@ -58,16 +58,13 @@ class Coverage:
         if not self._reported[name]:
             raise RuntimeError(
                 f"{name!r} got a gradient, but the layer that owns it was not called in a way that can be observed: "
-                f"{why_not_reported(name)}. Leave it out by parameters="
+                f"{why_not_reported(self._layers, name)}. Leave it out by parameters="
             )
         if self.gradients is not None:
             self.gradients.compare(name, gradient, self._lowest)
 
-    def expect_every_use(self, why_not_reported: Callable[[str], str]) -> None:
+    def expect_every_use(self) -> None:
         """Compare the uses that the layers reported with those that are in the graph.
-
-        Args:
-            why_not_reported: why no layer may have reported a use of a parameter, by its name.
 
         Raises:
             RuntimeError: a parameter is also used where no layer reports it.
@@ -76,7 +73,7 @@ class Coverage:
             if not self._reported[name]:
                 raise RuntimeError(
                     f"{name!r} is used {uses} times in the graph, and 0 times by the layers that own it: "
-                    f"{why_not_reported(name)}. Leave it out by parameters="
+                    f"{why_not_reported(self._layers, name)}. Leave it out by parameters="
                 )
             if uses != self._reported[name] and name not in self._uncounted:
                 raise RuntimeError(
@@ -107,15 +104,15 @@ class ParameterUses:
     A use is an edge into what depends on one parameter alone: itself, its transpose, its cast to another precision.
 
     Args:
-        name_of: the name of a parameter that is measured; None for other leaves.
+        names: the names of the parameters that are measured; other leaves do not count.
 
     Attributes:
         uses: how often each parameter is used below the nodes that were visited, by its name.
     """
 
-    def __init__(self, name_of: Callable[[Tensor], str | None]) -> None:
+    def __init__(self, names: ParameterNames) -> None:
         self.uses: Counter[str] = Counter()
-        self._name_of = name_of
+        self._names = names
         self._only: dict[Node, str | None] = {}  # the parameter that all below a node depends on, if it is just one
         self._is_hooked: dict[Node, bool] = {}  # whether a hook of ours waits at or below a node
         self._leaves: list[Node] = []
@@ -144,7 +141,7 @@ class ParameterUses:
         leaf: Tensor | None = getattr(node, "variable", None)
         if leaf is not None:
             self._leaves.append(node)
-            self._only[node] = self._name_of(leaf)
+            self._only[node] = self._names.of(leaf)
         else:
             names = {self._only[child] for child in children}
             self._only[node] = names.pop() if len(names) == 1 and not here else None

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from snr_optim._torch import ensure_runs_last
 from snr_optim.grad_norms.backward_pass import BackwardPass
 from snr_optim.grad_norms.capture import AutocastCopies, ForwardCall
 from snr_optim.grad_norms.coverage import mark_our_hook, our_hooks_at
-from snr_optim.grad_norms.layers import Layer
+from snr_optim.grad_norms.layers import Layer, ParameterNames
 from snr_optim.grad_norms.replay import is_observed, replaying, without_hooks
 from snr_optim.grad_norms.rules import casts_inputs, wants_inputs
 
@@ -29,24 +28,26 @@ Hook: TypeAlias = Callable[..., Any]
 
 
 class ModelHooks:
-    """All our hooks on one model, and what they share. It knows nothing of whoever made it, which may go before it.
+    """All our hooks on one model, and what they share. It does not hold the object that made it, which may go first.
 
     Args:
         model: the model.
         layers: its layers that are measured.
+        names: the names of their parameters, to be noted here.
 
     Attributes:
         backward_pass: the hooks report to it; None while nothing is measured.
+        names: the names of the parameters.
         autocast_copies: inputs in the precision of autocast.
         handles: remove the hooks.
         see_all_gradients: whether every measured parameter is hooked: a shard gets its gradient by other ways.
     """
 
-    def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
+    def __init__(self, model: nn.Module, layers: list[Layer], names: ParameterNames) -> None:
         self.backward_pass: BackwardPass | None = None
         self.autocast_copies = AutocastCopies()
         self.see_all_gradients = True
-        self._names = WeakIdKeyDictionary()  # also of the parameters that fully_shard puts in place of its shards
+        self.names = names
         self.handles: list[RemovableHandle] = [
             layer.module.register_forward_hook(_ForwardHook(self, layer), prepend=True, with_kwargs=True)
             for layer in layers
@@ -54,20 +55,11 @@ class ModelHooks:
         measured = {name for layer in layers for name in layer.names.values()}
         for name, p in model.named_parameters():
             if name in measured:
-                self.note_name(p, name)
+                names.note(p, name)
                 if hasattr(p, "placements"):
                     self.see_all_gradients = False
                 else:
                     self.handles.append(p.register_hook(_ParameterHook(self, name)))  # type: ignore[no-untyped-call]
-
-    def name_of(self, parameter: Tensor) -> str | None:
-        """The name of a measured parameter within the model; None for other tensors."""
-        name: str | None = self._names.get(parameter)  # type: ignore[no-untyped-call]
-        return name
-
-    def note_name(self, parameter: Tensor, name: str) -> None:
-        """A tensor is a measured parameter of this name."""
-        self._names[parameter] = name
 
 
 # -------------------------------------------------------------------------------------------------- the forward pass
@@ -108,7 +100,7 @@ class _ForwardHook:
         if (named := tuple(map(id, own.values()))) != self._named:
             self._named = named
             for local, p in own.items():
-                self._hooks.note_name(p, layer.names[local])
+                self._hooks.names.note(p, layer.names[local])
         given = args[0] if args else kwargs.get(layer.input_name)
         others = [*args[1:], *(value for name, value in kwargs.items() if args or name != layer.input_name)]
         changed_by = self._changed_by(module, args, kwargs, output)

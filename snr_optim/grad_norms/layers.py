@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as _modules
+from torch.utils.weak import WeakIdKeyDictionary
 
 from snr_optim.grad_norms.capture import ForwardCall
 from snr_optim.grad_norms.rules import Rule, counts_uses, rule_of
@@ -45,6 +46,22 @@ class Layer:
     def counts_uses(self) -> bool:
         """Whether each call uses each parameter once, so that uses in the graph can be counted against calls."""
         return counts_uses(self.rule)
+
+
+class ParameterNames:
+    """The names of measured parameters; also of the tensors that ``fully_shard`` puts in place of its shards."""
+
+    def __init__(self) -> None:
+        self._names = WeakIdKeyDictionary()
+
+    def note(self, parameter: Tensor, name: str) -> None:
+        """A tensor is the measured parameter of this name."""
+        self._names[parameter] = name
+
+    def of(self, tensor: Tensor) -> str | None:
+        """The name of a measured parameter within the model; None for other tensors."""
+        name: str | None = self._names.get(tensor)  # type: ignore[no-untyped-call]
+        return name
 
 
 def layers_of(model: nn.Module, wanted: Callable[[str], bool], rules: Mapping[type[nn.Module], Rule]) -> list[Layer]:

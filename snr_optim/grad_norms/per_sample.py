@@ -17,6 +17,7 @@ from snr_optim.grad_norms.backward_pass import BackwardPass
 from snr_optim.grad_norms.coverage import Coverage, GradientCheck
 from snr_optim.grad_norms.hooks import ModelHooks
 from snr_optim.grad_norms.layers import (
+    ParameterNames,
     common_device,
     layers_of,
     refuse_compiled,
@@ -141,11 +142,10 @@ class PerSampleGradNorms:
         refuse_tensor_parallel(model)
         self._layers = layers_of(model, self._wanted, rules or {})
         self._measured = {name for layer in self._layers for name in layer.names.values()}
-        self._uncounted = {name for layer in self._layers if not layer.counts_uses for name in layer.names.values()}
         self._device = common_device(model, self._measured)
         self._num_blocks = 0
         self._result: tuple[Tensor, Tensor | None] | None = None
-        self._hooks = ModelHooks(model, self._layers)
+        self._hooks = ModelHooks(model, self._layers, ParameterNames())
         self._check: WhenToCheck = check if self._hooks.see_all_gradients else "never"
         self._confirmed = set[str]()  # parameters that the first check has passed
         self._remove = weakref.finalize(self, _remove_all, self._hooks.handles)  # the handles do not hold the model
@@ -257,13 +257,14 @@ class PerSampleGradNorms:
         if not isinstance(self.sketch_size, int) or self.sketch_size < 2:
             raise ValueError(f"sketch_size: expected an integer of at least 2 columns, got {self.sketch_size!r}")
         seed = (self.seed, self._num_blocks)
-        return SketchedNorms(num_units, self._device, self.sketch_size, seed, self._uncounted)
+        exact = {name for layer in self._layers if not layer.counts_uses for name in layer.names.values()}
+        return SketchedNorms(num_units, self._device, self.sketch_size, seed, exact)
 
     def _coverage(self) -> Coverage:
         gradients = None
         if self._check != "never":
             gradients = GradientCheck(self._confirmed if self._check == "first" else set())
-        return Coverage(self._hooks.name_of, self._uncounted, gradients)
+        return Coverage(self._layers, self._hooks.names, gradients)
 
     def _finished(self, asked: str) -> tuple[Tensor, Tensor | None]:
         if self._result is None:
