@@ -118,7 +118,7 @@ class _ForwardHook:
             inputs=inputs,
             waiting=layer.waiting,
         )
-        _OutputHook(self._hooks, layer, call).wait_at(_whole_of(output))
+        _OutputHook(self._hooks, layer, call, _whole_of(output))
 
     def _changed_by(
         self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], output: Tensor
@@ -193,13 +193,9 @@ class _OutputHook:
 
     changes_nothing = True  # so that two of ours do not each want to be the last
 
-    def __init__(self, hooks: ModelHooks, layer: Layer, call: ForwardCall) -> None:
+    def __init__(self, hooks: ModelHooks, layer: Layer, call: ForwardCall, output: Tensor) -> None:
         self._hooks, self._layer, self._call = hooks, layer, call
-        self._handle: RemovableHandle
-
-    def wait_at(self, output: Tensor) -> None:
-        """Hook the tensor."""
-        self._handle = output.register_hook(self)  # type: ignore[no-untyped-call]
+        self._handle: RemovableHandle = output.register_hook(self)  # type: ignore[no-untyped-call]
         mark_our_hook(output, self._handle)
 
     def __call__(self, gradient: Tensor) -> None:

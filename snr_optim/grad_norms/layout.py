@@ -80,7 +80,7 @@ class Layout:
         )
 
     def _tokens_of(self, x: Tensor) -> Tensor:
-        """Finds them in ``[tokens, ...]``, or in ``[1, ..., tokens, ..., d]``, as heads come first in some models."""
+        """Find them in ``[tokens, ...]``, or in ``[1, ..., tokens, ..., d]``, as heads come first in some models."""
         found = [n for n in range(1, x.dim() - 1) if x.shape[n] == self.items] if x.shape[:1] == (1,) else []
         if len(found) == 1:
             return x[0].movedim(found[0] - 1, 0)

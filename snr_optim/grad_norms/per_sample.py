@@ -158,7 +158,7 @@ class PerSampleGradNorms:
         cu_seqlens: Tensor | None = None,
         groups: int | Tensor | None = None,
     ) -> Iterator[None]:
-        """Measures the backward pass within: exactly one, of a forward pass before the block or within it.
+        """Measure the backward pass within: exactly one, of a forward pass before the block or within it.
 
         Args:
             batch_size: for a padded batch, whose activations are ``[batch_size, ...]``. Padding needs no mask: it has
@@ -205,7 +205,7 @@ class PerSampleGradNorms:
             self.sketch_size = next_num_columns(self.sketch_size, squared, variances, self.relative_error)
 
     def backward(self, log_prob_sum: Tensor, *, retain_graph: bool = False) -> None:
-        """Runs a backward pass for the norms alone, within a block: no weight gradient, and nothing in ``.grad``.
+        """Run a backward pass for the norms alone, within a block: no weight gradient, and nothing in ``.grad``.
 
         This is for losses that depend on the norms. With ``retain_graph=True`` the training backward pass can follow on
         the same graph. Under DDP, a forward pass for this alone belongs into ``no_sync()``. Reentrant checkpoints do
@@ -248,7 +248,7 @@ class PerSampleGradNorms:
         return variances.sqrt().to(norms.dtype) / _square(scale, norms)
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Take the hooks off the model."""
         self._remove()
 
     def _accumulator(self, num_units: int) -> NormAccumulator:
