@@ -72,7 +72,7 @@ class RepeatableCall:
     """
 
     def __init__(self, model: nn.Module, language_model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> None:
-        self._model, self._language_model, self._head, self._inputs = model, language_model, head, inputs
+        self._model, self.language_model, self._head, self._inputs = model, language_model, head, inputs
         self._path = _modules_around(head, language_model)
         self._outputs: list[tuple[nn.Module, Any]] = []  # each layer and what it returned, in the order of the calls
         self._to_repeat: list[tuple[nn.Module, Any]] = []  # those that the repeated call has not asked for yet
@@ -115,10 +115,10 @@ class RepeatableCall:
             try:
                 if not self._path:
                     return logits_of((_through_hooks(self._head, (), {}, self._logits),))
-                returned = self._language_model.forward(**self._inputs)
+                returned = self.language_model.forward(**self._inputs)
             finally:
                 self._logits = None
-            for module in _from_innermost(self._model, self._language_model):
+            for module in _from_innermost(self._model, self.language_model):
                 returned = _through_hooks(module, (), self._inputs, returned)
         return logits_of(returned)
 

@@ -6,7 +6,7 @@ up to the head runs as it always does, through the model's own ``forward``. Noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from snr_kernels.checks import expect_integers
-from snr_kernels.dispatch import Impl
+from snr_kernels.dispatch import Impl, exact_dtype
 from snr_kernels.lm_head import linear_logprob_stats
 from snr_kernels.logprob_stats import LogprobStats
 from snr_optim.after_head import (
@@ -113,48 +113,16 @@ def model_logprob_stats(
     options: dict[str, Any] = {
         "outputs": outputs, "slab_bytes": slab_bytes, "logits_dtype": logits_dtype, "impl": impl, **scaling._asdict()
     }  # fmt: skip
-    predicted = torch.cat([torch.zeros_like(labels[:, :1], dtype=torch.bool), labels[:, 1:] != IGNORE_INDEX], dim=1)
     given = {"input_ids": input_ids, "use_cache": False} | inputs
     call = RepeatableCall(model, language_model, head, given)
-    found: list[Tensor] | None = None  # the statistics that were asked for
-    changes, placeholder = LogitChanges(None, num_words, None, False), input_ids.new_zeros(0)
-
-    def compute_statistics(input: Tensor) -> Tensor:
-        """Runs in place of the head's forward: puts statistics into ``found``, and gives the model a placeholder."""
-        nonlocal found, changes, placeholder
-        hidden = input
-        if found is not None:
-            raise RuntimeError(f"model: {type(language_model).__name__} calls its output head more than once")
-        if hidden.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"model: expected its head to be given all of [B, T] = {list(labels.shape)}, got {list(hidden.shape)}; "
-                "leave out logits_to_keep"
-            )
-        if labels.numel():
-            changes = call.find_changes(hidden, num_words, scaling)
-        device = hidden.device
-        where = predicted.to(device)
-        before = where.roll(-1, 1)  # the positions before; the first column, which is False, comes last
-        divisor = temperature
-        if isinstance(temperature, Tensor) and temperature.dim():
-            divisor = temperature.to(device)[where]
-        if changes.factors is not None:
-            divisor = divisor / changes.factors.to(device, torch.promote_types(hidden.dtype, torch.float32))[before]
-        num_rows, bias = _rows_and_bias(head, changes, scaling)
-        stats = linear_logprob_stats(
-            hidden[before], head.weight[:num_rows], labels.to(device)[where], divisor, bias, **options
-        )
-        found = [x.new_zeros(labels.shape).masked_scatter(where, x) for x in stats if x is not None]
-        placeholder = placeholder_logits(hidden, head, changes)
-        return _PlaceholderLogits.apply(placeholder, *found)  # type: ignore[no-untyped-call, no-any-return]
-
-    with call.recording(), replaced_forward(head, compute_statistics):
+    replacement = _HeadReplacement(head, call, labels, temperature, num_words, scaling, options)
+    with call.recording(), replaced_forward(head, replacement.forward):
         returned = model(**given)
-    if found is None:
+    if replacement.statistics is None:
         raise RuntimeError(f"model: {type(language_model).__name__} returned without a call of its output head")
     logits = logits_of(returned)
-    expect_changes(logits, placeholder, labels.shape, changes, scaling)
-    values = iter(_StatisticsThroughOutput.apply(logits, *found))  # type: ignore[no-untyped-call]
+    expect_changes(logits, replacement.placeholder, labels.shape, replacement.changes, scaling)
+    values = iter(_StatisticsThroughOutput.apply(logits, *replacement.statistics))  # type: ignore[no-untyped-call]
     asked = [next(values) if name in outputs else None for name in LogprobStats._fields]  # in this order
     return LogprobStats(*cast("list[Tensor]", asked))
 
@@ -241,6 +209,72 @@ def output_head(model: nn.Module) -> nn.Linear:
             "what is adapted, or give its merged weight to linear_logprob_stats"
         )
     return head
+
+
+class _HeadReplacement:
+    """Runs in place of the head's forward: it computes the statistics, and gives the model a placeholder to go on with.
+
+    Args:
+        head: the output head.
+        call: the call of the model within which it runs.
+        labels: ``[B, T]``, not shifted.
+        temperature: a number, or ``[B, T]``.
+        num_words: how many words there are by the config.
+        scaling: the scaling of logits by the config.
+        options: what else `linear_logprob_stats` takes.
+
+    Attributes:
+        statistics: those that were asked for, ``[B, T]`` each; None before the head was called.
+        changes: what the model does to its logits.
+        placeholder: the numbers that the model was given instead of logits.
+    """
+
+    def __init__(
+        self,
+        head: nn.Linear,
+        call: RepeatableCall,
+        labels: Tensor,
+        temperature: float | Tensor,
+        num_words: int,
+        scaling: LogitScaling,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._head, self._call, self._labels, self._temperature = head, call, labels, temperature
+        self._num_words, self._scaling, self._options = num_words, scaling, options
+        self.statistics: list[Tensor] | None = None
+        self.changes = LogitChanges(None, num_words, None, False)
+        self.placeholder = labels.new_zeros(0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden, head, labels = input, self._head, self._labels
+        if self.statistics is not None:
+            raise RuntimeError(
+                f"model: {type(self._call.language_model).__name__} calls its output head more than once"
+            )
+        if hidden.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"model: expected its head to be given all of [B, T] = {list(labels.shape)}, got {list(hidden.shape)}; "
+                "leave out logits_to_keep"
+            )
+        if labels.numel():
+            self.changes = self._call.find_changes(hidden, self._num_words, self._scaling)
+        device = hidden.device
+        first = torch.zeros_like(labels[:, :1], dtype=torch.bool)
+        predicted = torch.cat([first, labels[:, 1:] != IGNORE_INDEX], dim=1).to(device)
+        before = predicted.roll(-1, 1)  # the positions before; the first column, which is False, comes last
+        divisor = self._temperature
+        if isinstance(divisor, Tensor) and divisor.dim():
+            divisor = divisor.to(device)[predicted]
+        if self.changes.factors is not None:
+            divisor = divisor / self.changes.factors.to(device, exact_dtype(hidden))[before]
+        num_rows, bias = _rows_and_bias(head, self.changes, self._scaling)
+        stats = linear_logprob_stats(
+            hidden[before], head.weight[:num_rows], labels.to(device)[predicted], divisor, bias, **self._options
+        )
+        self.statistics = [x.new_zeros(labels.shape).masked_scatter(predicted, x) for x in stats if x is not None]
+        self.placeholder = placeholder_logits(hidden, head, self.changes)
+        placeholder: Tensor = _PlaceholderLogits.apply(self.placeholder, *self.statistics)  # type: ignore[no-untyped-call]
+        return placeholder
 
 
 @contextmanager

@@ -108,24 +108,24 @@ def test_mean_over_all_signs_is_the_norm(lengths, d_in, d_out, transposed):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     segments = Segments.of(bounds)
     left, right = torch.randn(segments.rows, d_out).double(), torch.randn(segments.rows, d_in).double()
-    use = MatrixContribution(left, right, segments, (d_out, d_in), transposed)
+    weight = MatrixContribution(left, right, segments, (d_out, d_in), transposed)
     signs = torch.ones(1, 1)
     while len(signs) < d_out:
         signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
-    squares = use.sketch(signs[:d_out]).square().sum((1, 2)) / signs.shape[1]
-    assert torch.allclose(squares, use.squared(), rtol=1e-10)
+    squares = weight.sketch(signs[:d_out]).square().sum((1, 2)) / signs.shape[1]
+    assert torch.allclose(squares, weight.squared(), rtol=1e-10)
 
 
 def test_short_sequences_are_exact():
     """Gram matrices of ``T <= 2k`` tokens cost no more than ``k`` columns."""
     segments = Segments.uniform(2, 16, torch.device("cpu"))
-    use = MatrixContribution(torch.randn(32, 50), torch.randn(32, 40), segments, (50, 40))
-    totals = SketchedNorms(2, torch.device("cpu"), 8, (0, 0))
-    totals.add({"weight": "weight", "bias": "bias"}, {"weight": use, "bias": BiasContribution(use.left, segments)})
-    squared, variances = totals.finish()
+    weight = MatrixContribution(torch.randn(32, 50), torch.randn(32, 40), segments, (50, 40))
+    norms = SketchedNorms(2, torch.device("cpu"), 8, (0, 0))
+    norms.add({"weight": "weight", "bias": "bias"}, {"weight": weight, "bias": BiasContribution(weight.left, segments)})
+    squared, variances = norms.finish()
     assert variances is not None
     assert variances.max() == 0
-    assert torch.allclose(squared, use.squared() + BiasContribution(use.left, segments).squared(), rtol=1e-5)
+    assert torch.allclose(squared, weight.squared() + BiasContribution(weight.left, segments).squared(), rtol=1e-5)
 
 
 def test_next_num_columns_forgets_what_it_cannot_tell():
