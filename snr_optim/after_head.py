@@ -1,4 +1,4 @@
-"""What a causal language model does to its logits after its head, by its own code and by hooks: tried out, not guessed.
+"""Tries out what a causal language model does to its logits after its head, by its own code and by hooks.
 
 The model's forward runs again on a few numbers in place of logits. Meanwhile its layers compute nothing: they return
 tensors of the shapes that they returned before. So we see for every row and every word what comes after the head.

@@ -1,4 +1,4 @@
-"""From the contributions to parameters to a squared norm per unit: exact, or estimated from random projections."""
+"""Adds contributions up to a squared norm per unit: exactly, or by an estimate from random projections."""
 
 from __future__ import annotations
 

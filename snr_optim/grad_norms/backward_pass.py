@@ -144,7 +144,7 @@ class BackwardPass:
         self._coverage.report({layer.names[local]: each for local, each in contributions.items()}, dtype)
         is_only_call = is_only_call and layer not in self._kept
         (self._added if is_only_call else self._kept).add(layer)
-        kept = {local for local in contributions if not is_only_call or layer.names[local] in layer.shared}
+        kept = [local for local in contributions if not is_only_call or layer.names[local] in layer.shared]
         self._norms.add(layer.names, {local: each for local, each in contributions.items() if local not in kept})
         for local in kept:
             name = layer.names[local]

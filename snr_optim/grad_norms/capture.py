@@ -1,4 +1,4 @@
-"""What a forward pass leaves for the backward pass: a record of every call of a layer, and the layer's input.
+"""Keeps what the backward pass needs of the forward pass: a record of every call of a layer, with the layer's input.
 
 The input is kept the way autograd keeps its own tensors: checkpoints recompute it, offloading brings it back, autograd
 notices a change in place, and the input goes when the graph goes.

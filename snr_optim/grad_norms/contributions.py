@@ -1,6 +1,6 @@
-"""What one call of a layer adds to the gradient of a parameter, kept as the factors of which it is a product.
+"""A contribution is what one call of a layer adds to the gradient of a parameter; it is kept as a product's factors.
 
-A contribution knows its squared norm per unit, its inner product with another contribution to the same parameter (tied
+It knows its squared norm per unit, its inner product with another contribution to the same parameter (tied
 embeddings, a module that is called twice), and, so that those two can be checked, the gradient itself. A unit is one
 sequence, or several that are measured as one.
 """

@@ -1,4 +1,4 @@
-"""Whether nothing was left out: what the layers report must account for all that the graph does with the parameters.
+"""Checks that nothing was left out: the layers must account for all that a backward pass does with the parameters.
 
 Two things tell: how often the autograd graph uses each parameter, and the gradient that autograd finds for it.
 """

@@ -1,4 +1,4 @@
-"""The layers of a model: which parameters each of them owns, which of those others own too, and the rule for each."""
+"""Finds the layers of a model: the parameters that each owns, alone or with others, and the rule for it."""
 
 from __future__ import annotations
 

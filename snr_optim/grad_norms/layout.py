@@ -1,4 +1,4 @@
-"""Where an activation holds the tokens of each unit, in padded and in packed batches.
+"""Finds the tokens of each unit in an activation, for padded and for packed batches.
 
 A unit is what gets one norm: a sequence, or several sequences that are measured as one, such as those of a prompt.
 """

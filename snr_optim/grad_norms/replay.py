@@ -1,4 +1,4 @@
-"""Running a layer's forward again to look into it, and the calls of layers that our hooks pass over."""
+"""Runs a layer's forward again to look into it, and marks the calls of layers that our hooks pass over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rule for each kind of layer: from its input and the gradient of its output to what it adds to its parameters.
+"""A rule tells what a layer adds to the gradients of its parameters, by its input and the gradient of its output.
 
 Layers of torch are known by their code. Normalization layers and embeddings of other libraries are tried out: a copy
 with other weights is run, and its gradients are compared with those of the rule. So no list of class names is needed,

@@ -17,7 +17,7 @@ T, B = 48, 3
 
 
 class Tied(nn.Module):
-    """Long sequences; an embedding tied to the head, a layer that is called twice, biases and a norm."""
+    """Long sequences; an embedding tied to the head, a layer that is called twice, biases and a LayerNorm."""
 
     def __init__(self):
         super().__init__()
@@ -25,7 +25,7 @@ class Tied(nn.Module):
         self.embed, self.block, self.norm = nn.Embedding(31, 24), nn.Linear(24, 24), nn.LayerNorm(24)
         self.head = nn.Linear(24, 31, bias=False)
         self.head.weight = self.embed.weight
-        nn.init.normal_(self.embed.weight, std=0.1)  # the smaller it is, the larger its gradient under the norm
+        nn.init.normal_(self.embed.weight, std=0.1)  # the smaller it is, the larger its gradient below the LayerNorm
         self.double()
 
     def forward(self, ids):
