@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ def model_logprob_stats(
     expect_changes(logits, replacement.placeholder, labels.shape, replacement.changes, scaling)
     values = iter(_StatisticsThroughOutput.apply(logits, *replacement.statistics))  # type: ignore[no-untyped-call]
     asked = [next(values) if name in outputs else None for name in LogprobStats._fields]  # in this order
-    return LogprobStats(*cast("list[Tensor]", asked))
+    return LogprobStats(*asked)
 
 
 def _expect_ids(input_ids: Tensor, labels: Tensor) -> None:

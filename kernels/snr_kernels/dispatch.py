@@ -25,7 +25,7 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def runs_triton(impl: str, tensor: Tensor) -> bool:
+def runs_triton(impl: Impl, tensor: Tensor) -> bool:
     """Whether ``impl`` means the Triton kernels for this tensor.
 
     Raises:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 from torch.utils.weak import WeakIdKeyDictionary
 
+from snr_optim._torch import is_fully_shard
 from snr_optim.grad_norms.capture import ForwardCall
 from snr_optim.grad_norms.rules import Rule, counts_uses, rule_of
-from snr_optim.noise.data_parallel import is_fully_shard
 
 
 @dataclass(eq=False)

@@ -52,4 +52,6 @@ def logit_grad_norms(
         temperature = temperature.detach()
     with torch.no_grad():
         wanted = ["grad_norm_squared"]
-        return logprob_stats(logits, labels, temperature, ignore_index=IGNORE_INDEX, outputs=wanted).grad_norm_squared
+        norms = logprob_stats(logits, labels, temperature, ignore_index=IGNORE_INDEX, outputs=wanted).grad_norm_squared
+    assert norms is not None  # it was asked for
+    return norms

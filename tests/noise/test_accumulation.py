@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from snr_optim import AccumulationSource, GradientMoments
-from snr_optim.noise import AdamNorm, source_of
+from snr_optim.noise import AdamNorm
 
 EXACT = 1e-12  # the same float64 sums in another order
 
@@ -315,7 +315,7 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="2 processes"):
-        source_of(nn.Linear(1, 1))
+        AccumulationSource(nn.Linear(1, 1))
 
 
 def test_no_gradient_is_kept():

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from snr_kernels.checks import expect_integers
-from snr_kernels.dispatch import exact_dtype, runs_triton
+from snr_kernels.dispatch import Impl, exact_dtype, runs_triton
 from snr_kernels.logprob_stats import _torch as logprob_stats_torch
 from snr_kernels.logprob_stats.results import temperature_tensor
 from snr_kernels.products import multiply
@@ -71,7 +71,7 @@ class Options(NamedTuple):
     slab_bytes: int
     first_label: int
     group: dist.ProcessGroup | None
-    impl: str
+    impl: Impl
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def prepare(
     logits_dtype: torch.dtype | None,
     process_group: dist.ProcessGroup | None,
     first_label: int | None,
-    impl: str,
+    impl: Impl,
 ) -> tuple[Tensor, Options]:
     """Check the arguments of `linear_logprob_stats`; the divisor and the options of the `Head`.
 

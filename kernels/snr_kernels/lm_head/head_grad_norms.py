@@ -7,7 +7,6 @@ With respect to the head's own weights and to the hidden states that come into i
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -121,9 +120,7 @@ def head_grad_norms(
             norms["head_per_token"] = segment_sums(of_tokens * sizes, segments)
         if of_hidden is not None:
             norms["hidden"] = segment_sums(squared_norms(of_hidden, head.exact), segments)
-    return HeadGradNorms(
-        *cast("list[Tensor]", [norms[name] if name in asked else None for name in HeadGradNorms._fields])
-    )
+    return HeadGradNorms(*(norms[name] if name in asked else None for name in HeadGradNorms._fields))
 
 
 def squared_norms(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -114,7 +114,7 @@ def linear_logprob_stats(
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     found = _apply(hidden, weight, bias, labels, divisor, options, "entropy" in asked, squares, keep)
     values = [found[i].view(labels.shape) if name in asked else None for i, name in enumerate(LogprobStats._fields)]
-    return LogprobStats(*cast("list[Tensor]", values))
+    return LogprobStats(*values)
 
 
 # -------------------------------------------------------------------------------------------------------- autograd

@@ -81,6 +81,7 @@ def head_grad_norms_reference(
     log_prob = linear_logprob_stats_reference(
         leaves[0], leaves[1], labels, temperature, None if bias is None else leaves[2], softcap=softcap, scale=scale
     ).log_prob
+    assert log_prob is not None  # a reference computes all statistics
 
     def squared_norms(loss: Tensor) -> tuple[Tensor, Tensor]:
         of_hidden, *of_head = torch.autograd.grad(loss, leaves, retain_graph=True)

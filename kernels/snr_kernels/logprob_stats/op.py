@@ -92,7 +92,7 @@ def logprob_stats(
     op: Callable[..., Any] = _forward if torch.compiler.is_compiling() else _Statistics.apply
     found = op(logits, labels.long(), divisor, ignore_index, "entropy" in outputs, squares, impl)
     values = [found[i] if name in outputs else None for i, name in enumerate(LogprobStats._fields)]
-    return LogprobStats(*cast("list[Tensor]", values))
+    return LogprobStats(*values)
 
 
 # ------------------------------------------------------------------------------------------ registration with torch
@@ -100,7 +100,7 @@ _ARGUMENTS = "Tensor logits, Tensor labels, Tensor temperature, int ignore_index
 
 
 def _path(impl: str, logits: Tensor) -> ModuleType:
-    if not runs_triton(impl, logits):
+    if not runs_triton(cast("Impl", impl), logits):  # torch hands a str over; an unknown one is refused there
         return _torch
     from snr_kernels.logprob_stats import _triton
 

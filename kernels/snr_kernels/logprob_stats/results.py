@@ -11,6 +11,8 @@ from torch import Tensor
 class LogprobStats(NamedTuple):
     """Per-token statistics of ``p = softmax(logits / temperature)``, each of the shape of ``labels``.
 
+    A statistic is None where ``outputs=`` has left it out.
+
     Attributes:
         log_prob: ``log p_y`` in nats.
         entropy: ``-sum_v p_v log p_v`` in nats.
@@ -18,10 +20,10 @@ class LogprobStats(NamedTuple):
         grad_norm_squared: ``||e_y - p||^2 = ||d log p_y / d (logits / temperature)||^2``, in ``[0, 2]``.
     """
 
-    log_prob: Tensor
-    entropy: Tensor
-    sum_p_squared: Tensor
-    grad_norm_squared: Tensor
+    log_prob: Tensor | None
+    entropy: Tensor | None
+    sum_p_squared: Tensor | None
+    grad_norm_squared: Tensor | None
 
 
 def temperature_tensor(temperature: float | Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
