@@ -22,7 +22,6 @@ from snr_optim.grad_norms.capture import AutocastCopies, ForwardCall
 from snr_optim.grad_norms.coverage import mark_our_hook, our_hooks_at
 from snr_optim.grad_norms.layers import Layer, ParameterNames
 from snr_optim.grad_norms.replay import is_observed, replaying, without_hooks
-from snr_optim.grad_norms.rules import casts_inputs, wants_inputs
 
 Hook: TypeAlias = Callable[..., Any]
 
@@ -106,8 +105,8 @@ class _ForwardHook:
         changed_by = self._changed_by(module, args, kwargs, output)
         kind = output.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        inputs = given if isinstance(given, Tensor) and wants_inputs(layer.rule, trained) else None
-        if inputs is not None and autocast is not None and casts_inputs(layer.rule):
+        inputs = given if isinstance(given, Tensor) and layer.wants_inputs(trained) else None
+        if inputs is not None and autocast is not None and layer.casts_inputs:
             inputs = self._hooks.autocast_copies.of(inputs, autocast)
         call = ForwardCall(
             trained,

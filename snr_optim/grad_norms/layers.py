@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from weakref import WeakSet
 
@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from snr_optim._torch import is_fully_shard
 from snr_optim.grad_norms.capture import ForwardCall
-from snr_optim.grad_norms.rules import Rule, counts_uses, rule_of
+from snr_optim.grad_norms.rules import Rule, casts_inputs, counts_uses, rule_of, wants_inputs
 
 
 @dataclass(eq=False)
@@ -46,6 +46,15 @@ class Layer:
     def counts_uses(self) -> bool:
         """Whether each call uses each parameter once, so that uses in the graph can be counted against calls."""
         return counts_uses(self.rule)
+
+    @property
+    def casts_inputs(self) -> bool:
+        """Whether autocast brings its input to its own precision."""
+        return casts_inputs(self.rule)
+
+    def wants_inputs(self, trained: Collection[str]) -> bool:
+        """Whether its rule looks at the input, for these of its parameters."""
+        return wants_inputs(self.rule, trained)
 
 
 class ParameterNames:
