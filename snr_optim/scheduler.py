@@ -26,7 +26,7 @@ from snr_optim._lr import (
     lrs_of,
     separate_lrs,
     share_lrs,
-    unwrapped,
+    unwrapped_optimizer,
     write_lrs,
 )
 from snr_optim.attachment import Attachment, MeasuredBatch
@@ -106,7 +106,7 @@ class SNRAdaptiveLR(LRScheduler):
         adapt: bool = True,
         per_group: bool = False,
     ) -> None:
-        optimizer = unwrapped(optimizer)
+        optimizer = unwrapped_optimizer(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         expect_lrs(optimizer)
@@ -116,7 +116,7 @@ class SNRAdaptiveLR(LRScheduler):
                     "schedule: expected an LRScheduler that needs no metric and is no SNRAdaptiveLR, "
                     f"got {type(schedule).__name__}; of accelerate's wrapper, pass what was given to prepare()"
                 )
-            if unwrapped(schedule.optimizer) is not optimizer:
+            if unwrapped_optimizer(schedule.optimizer) is not optimizer:
                 raise ValueError("schedule: expected a scheduler of the same optimizer")
             if share_lrs(optimizer) and _differs_by_group(schedule):
                 raise ValueError(

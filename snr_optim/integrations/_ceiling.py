@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from snr_optim._lr import LR, copies_of, lrs_of, unwrapped, write_lrs
+from snr_optim._lr import LR, copies_of, lrs_of, unwrapped_optimizer, write_lrs
 from snr_optim._torch import is_nested_step
 from snr_optim.scheduler import SNRAdaptiveLR
 
@@ -76,7 +76,7 @@ class ScaledSteps:
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, **options: Any) -> None:
-        self.optimizer = optimizer = unwrapped(optimizer)
+        self.optimizer = optimizer = unwrapped_optimizer(optimizer)
         self._ceilings: list[LR] | None = None  # while it is not the ceilings that stand in the optimizer
         ceilings = self._lrs()
         self.scheduler = SNRAdaptiveLR(optimizer, **options)  # writes its first lr, as all schedulers do

@@ -96,7 +96,7 @@ def test_sparse_gradients_are_measured():
 
 @pytest.mark.parametrize("frozen", [(), ("head",), ("first",), ("first", "head")])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_trap_21_checkpointing_of_both_kinds(use_reentrant, frozen):
+def test_checkpointing_of_both_kinds(use_reentrant, frozen):
     """A reentrant checkpoint runs backward passes of its own inside backward(); together they are one sub-batch."""
     inputs = torch.randn(4, 5, 3).double()
     plain = Blocks(None, frozen)
@@ -355,7 +355,7 @@ def test_the_norm_of_adam(kind, amsgrad):
     assert not AdamNorm.suits(torch.optim.SGD(model.parameters(), lr=1.0))
     changed = optimizer.state_dict()
     changed["param_groups"][0]["eps"] = 1e-2
-    optimizer.load_state_dict(changed)  # trap 15: replaces the group dicts
+    optimizer.load_state_dict(changed)  # which replaces the dicts of parameter groups
     expected = (g.square() / (v.sqrt() + 1e-2)).sum().sqrt()
     assert float(norm(model.weight, g)) == pytest.approx(float(expected), rel=1e-12)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from snr_kernels.lm_head import _merge as _softmax_parts
 from snr_kernels.lm_head._merge import Part
-from snr_kernels.lm_head._tiles import NO_LABEL, Head, Tile
+from snr_kernels.lm_head._tiles import Head, Tile
+from snr_kernels.logprob_stats.results import IGNORE_INDEX
 from snr_kernels.products import add_product, multiply
 
 
@@ -42,7 +43,7 @@ def statistics(
         labels, owned = head.labels_of(tile, elsewhere=0)
         asked = (True, entropy, squares, squares, True, True, True)
         results = [head.divisor.new_empty(tile.height if each else 0) for each in asked]
-        path.forward(slab[None], labels, head.divisor_of(tile), NO_LABEL, results, entropy, squares)
+        path.forward(slab[None], labels, head.divisor_of(tile), IGNORE_INDEX, results, entropy, squares)
         part = Part.of(results, owned, path.LOG_UNIT)
         if tile.columns.start:
             before = Part(*(x[tile.rows] for x in whole))
@@ -139,7 +140,7 @@ def logit_gradients(
         known = [x[tile.rows] for x in results]
         of_rows = [None if g is None else g[tile.rows] for g in given]
         d = slab if squashed is None else tile.view(squashed)
-        path.backward(slab[None], labels, head.divisor_of(tile), NO_LABEL, known, of_rows, out=d[None])
+        path.backward(slab[None], labels, head.divisor_of(tile), IGNORE_INDEX, known, of_rows, out=d[None])
         if squashed is not None:
             torch.ops.aten.tanh_backward.grad_input(d, slab, grad_input=d)
         yield tile, d.to(head.options.product_dtype)

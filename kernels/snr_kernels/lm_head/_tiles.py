@@ -21,13 +21,12 @@ from torch import Tensor
 from snr_kernels.checks import expect_integers
 from snr_kernels.dispatch import Impl, exact_dtype, runs_triton
 from snr_kernels.logprob_stats import _torch as logprob_stats_torch
-from snr_kernels.logprob_stats.results import temperature_tensor
+from snr_kernels.logprob_stats.results import IGNORE_INDEX, temperature_tensor
 from snr_kernels.products import multiply
 
 FEWEST_COLUMNS = 1024  # below that rows are divided too: thinner products are slow
 GRANULE = 64  # columns are multiples of it, but for the last: rows of a slab start where kernels read fastest
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NO_LABEL = -100  # of rows that are left out; no column has this number
 
 
 class Tile(NamedTuple):
@@ -176,7 +175,7 @@ class Head:
         labels, ignored = self.labels[tile.rows], self.ignored[tile.rows]
         column = labels - (self.options.first_label + tile.columns.start)
         owned = (column >= 0) & (column < tile.width)
-        return torch.where(ignored, NO_LABEL, torch.where(owned, column, elsewhere)), owned
+        return torch.where(ignored, IGNORE_INDEX, torch.where(owned, column, elsewhere)), owned
 
     def divisor_of(self, tile: Tile) -> Tensor:
         return self.divisor[tile.rows] if self.divisor.dim() else self.divisor

@@ -18,6 +18,7 @@ from snr_kernels.linear_grad_norms import Method, linear_grad_norms
 from snr_kernels.lm_head._passes import logit_gradients, statistics
 from snr_kernels.lm_head._tiles import Head, prepare
 from snr_kernels.lm_head.results import HeadGradNorms
+from snr_kernels.logprob_stats.results import IGNORE_INDEX
 from snr_kernels.products import add_product
 from snr_kernels.segments import Segments, segment_sums
 
@@ -32,7 +33,7 @@ def head_grad_norms(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     outputs: Collection[str] = HeadGradNorms._fields,
     method: Method = "auto",
     slab_bytes: int | None = None,

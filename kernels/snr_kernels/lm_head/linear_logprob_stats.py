@@ -20,6 +20,7 @@ from snr_kernels.dispatch import Impl, exactly
 from snr_kernels.lm_head._passes import Kept, gradients, statistics
 from snr_kernels.lm_head._tiles import Head, Options, prepare
 from snr_kernels.logprob_stats import LogprobStats
+from snr_kernels.logprob_stats.results import IGNORE_INDEX
 
 
 def linear_logprob_stats(
@@ -31,7 +32,7 @@ def linear_logprob_stats(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     outputs: Collection[str] = LogprobStats._fields,
     slab_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,

@@ -17,7 +17,7 @@ from torch import Tensor
 from snr_kernels.checks import expect_integers, expect_names
 from snr_kernels.dispatch import Impl, exact_dtype, runs_triton
 from snr_kernels.logprob_stats import _torch
-from snr_kernels.logprob_stats.results import LogprobStats, temperature_tensor
+from snr_kernels.logprob_stats.results import IGNORE_INDEX, LogprobStats, temperature_tensor
 
 
 def logprob_stats(
@@ -25,7 +25,7 @@ def logprob_stats(
     labels: Tensor,
     temperature: float | Tensor = 1.0,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     outputs: Collection[str] = LogprobStats._fields,
     impl: Impl = "auto",
 ) -> LogprobStats:

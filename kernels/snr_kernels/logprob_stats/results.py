@@ -1,4 +1,4 @@
-"""What the op returns, with or without logits, and the temperature that it takes."""
+"""What the ops on log-probs take and return, with logits or without: labels to leave out, temperatures, statistics."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+IGNORE_INDEX = -100  # the label of a row that is left out, as in torch's cross_entropy
 
 
 class LogprobStats(NamedTuple):
