@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from snr_kernels.checks import expect_integers
 from snr_kernels.dispatch import Impl, exact_dtype
 from snr_kernels.lm_head import linear_logprob_stats
+from snr_kernels.logprob_stats import IGNORE_INDEX as IGNORE_INDEX
 from snr_kernels.logprob_stats import LogprobStats
 from snr_optim.after_head import (
     LogitChanges,
@@ -25,7 +26,6 @@ from snr_optim.after_head import (
     logits_of,
     placeholder_logits,
 )
-from snr_optim.grad_norms.proxies import IGNORE_INDEX as IGNORE_INDEX
 from snr_optim.grad_norms.replay import unobserved
 
 

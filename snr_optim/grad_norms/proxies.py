@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from snr_kernels.checks import expect_integers
-from snr_kernels.logprob_stats import logprob_stats
-
-IGNORE_INDEX = -100  # labels of tokens about which nothing is asked
+from snr_kernels.logprob_stats import IGNORE_INDEX, logprob_stats
 
 
 def logit_grad_norms(
