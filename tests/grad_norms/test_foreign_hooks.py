@@ -20,7 +20,7 @@ RTOL = 1e-10  # float64, another order of summation
 
 
 class Model(nn.Module):
-    """An embedding, a block of two layers, a norm and a head; ``change(name, tensor)`` may hook what comes between."""
+    """An embedding, two layers, an RMSNorm and a head; ``change(name, tensor)`` may hook what comes between."""
 
     def __init__(self, change=lambda name, tensor: None, use_reentrant=None):
         super().__init__()
