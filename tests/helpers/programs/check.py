@@ -6,11 +6,8 @@ import math
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 
-import torch
-
-from .language import Copy, Program, Schedule, Setting, Step, program_of, simpler
+from .language import Copy, Program, Schedule, Step, program_of, simpler
 from .oracle import Oracle
 from .subject import Subject, whole
 
@@ -25,8 +22,6 @@ def run(
     program: Program, subject: Subject | None = None, world: int = 1, also: Callable[[Subject], None] | None = None
 ) -> Counter[str]:
     """How often what happened; raises where library and brute force disagree, and where ``also`` does."""
-    if torch.__version__.startswith("2.6"):
-        program = replace(program, setting=_as_torch_2_6_does_it(program.setting))
     oracle = Oracle(program.setting, world)
     subject = subject or Subject(program.setting)
     for number, operation in enumerate(program.operations):
@@ -143,12 +138,3 @@ def outcome_of(seed: int) -> tuple[int, Counter[str], str | None]:
         return seed, Counter(), f"{message}\n{short}"
     except Exception:
         return seed, Counter(), f"{traceback.format_exc()}\n{program}"
-
-
-def _as_torch_2_6_does_it(setting: Setting) -> Setting:
-    """Without what works otherwise there, also without us."""
-    if setting.schedule == "sequential":  # a SequentialLR overwrites initial_lr where it is a tensor
-        setting = replace(setting, lr="float")
-    if setting.optimizer == "adagrad" and setting.scaler:  # fused, it knows nothing of the scale
-        setting = replace(setting, implementation="loop")
-    return setting
