@@ -51,8 +51,8 @@ class Options(NamedTuple):
     """What a pass is told besides tensors.
 
     Attributes:
-        gain: of the logits before a squash; 1 without.
-        squash: ``tanh`` or nothing.
+        gain: of the logits before the ``tanh`` of a softcap; 1 without.
+        softcapped: whether ``tanh`` follows.
         ignore_index: label of rows that are left out.
         product_dtype: in which hidden states and weights are multiplied.
         slab_dtype: of the logits.
@@ -63,7 +63,7 @@ class Options(NamedTuple):
     """
 
     gain: float
-    squash: bool
+    softcapped: bool
     ignore_index: int
     product_dtype: torch.dtype
     slab_dtype: torch.dtype
@@ -75,7 +75,7 @@ class Options(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """``x = squash(gain (hidden weight^T + bias))``, ``p = softmax(x / divisor)``.
+    """``x = gain (hidden weight^T + bias)``, or ``tanh`` of that, and ``p = softmax(x / divisor)``.
 
     Attributes:
         hidden: ``[N, d]``, in the dtype of the products.
@@ -128,7 +128,7 @@ class Head:
         rows, vocab, options = len(self.hidden), len(self.weight), self.options
         if rows == 0:
             return []
-        size = options.slab_dtype.itemsize * (1 + options.squash)  # a squash is differentiated from its output
+        size = options.slab_dtype.itemsize * (1 + options.softcapped)  # a softcap is differentiated from its output
         size += options.product_dtype.itemsize * (options.slab_dtype != options.product_dtype)
         per_column = (
             self.weight.shape[1] * options.product_dtype.itemsize * (self.weight.dtype != options.product_dtype)
@@ -165,7 +165,7 @@ class Head:
                 slab += bias
             if self.options.gain != 1:
                 slab *= self.options.gain
-        return slab.tanh_() if self.options.squash else slab
+        return slab.tanh_() if self.options.softcapped else slab
 
     def weight_of(self, tile: Tile) -> Tensor:
         return self.weight[tile.columns].to(self.options.product_dtype)
@@ -223,7 +223,7 @@ def prepare(
         raise ValueError("process_group: expected one that this rank is in")
     options = Options(
         gain=scale / softcap if softcap else 1.0,
-        squash=softcap is not None,
+        softcapped=softcap is not None,
         ignore_index=ignore_index,
         product_dtype=product_dtype,
         slab_dtype=logits_dtype,
