@@ -109,7 +109,7 @@ def commands(device: torch.device, small: bool, out: Path, work: Path) -> list[C
         steps = ["--steps", "2", "--warm-start-steps", "1", "--prompts", "4", "--group-size", "2"]
         words = [
             "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "1",
-            "examples/ddp_fsdp.py", "--parallel", parallel, "--device", device.type, "--out", str(work / parallel),
+            "-m", "examples.ddp_fsdp", "--parallel", parallel, "--device", device.type, "--out", str(work / parallel),
             *(steps if small else ["--steps", "20"]),
         ]  # fmt: skip
         return Command(parallel, tuple(words), ("transformers", "tokenizers", *kernels), 90)
@@ -117,7 +117,7 @@ def commands(device: torch.device, small: bool, out: Path, work: Path) -> list[C
     def example() -> Command:
         steps = ["--steps", "2", "--warm-start-steps", "1", "--prompts", "4", "--group-size", "2"]
         steps += ["--micro-batches", "2"]
-        words = ["examples/qwen3_arithmetic.py", "--device", device.type, "--out", str(work / "qwen3_arithmetic")]
+        words = ["-m", "examples.qwen3_arithmetic", "--device", device.type, "--out", str(work / "qwen3_arithmetic")]
         needs = ("transformers", "tokenizers", "rich", "matplotlib", "numpy", *kernels)
         return Command("qwen3_arithmetic", (*words, *(steps if small else ["--steps", "50"])), needs, 90)
 

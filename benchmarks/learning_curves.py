@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,13 +23,11 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.harness import ROOT, environment, print_table, write_json
+from benchmarks.harness import environment, print_table, write_json
 from benchmarks.lr_range import GROUP, LAST, PROMPTS, WARM_UP, prepare, run_missing, train_on_demo_task
+from examples.common.policy import Rollout, baseline_weights, tiny_qwen3
+from examples.qwen3_arithmetic import GroupNormalised, NoBaseline
 from snr_optim import GradWeightedBaseline, SNRAdaptiveLR
-
-sys.path.insert(0, str(ROOT / "examples"))
-from policy import Rollout, baseline_weights, tiny_qwen3
-from qwen3_arithmetic import GroupNormalised, NoBaseline
 
 LRS = {"constant": [1e-4, 2e-4, 4e-4], "snr": [1e-3, 2e-3, 4e-3]}
 TUNING_SEEDS = [100, 101]

@@ -20,7 +20,6 @@ import torch
 
 from benchmarks.harness import ROOT, commit
 
-EXAMPLE = ROOT / "examples" / "qwen3_arithmetic.py"
 METHODS = ("oblr-po", "grpo", "rloo", "reinforce")
 
 
@@ -69,7 +68,7 @@ def run(lr: float, args: argparse.Namespace) -> dict[str, Any]:
         "--out": [out],
     }
     words = [str(word) for name, values in options.items() for word in (name, *values)]
-    subprocess.run([sys.executable, str(EXAMPLE), *words], check=True)
+    subprocess.run([sys.executable, "-m", "examples.qwen3_arithmetic", *words], check=True, cwd=ROOT)
     methods: dict[str, Any] = json.loads((out / "summary.json").read_text())["methods"]
     return methods
 
@@ -80,8 +79,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sys.path.insert(0, str(EXAMPLE.parent))
-    from report import COLOURS, LABELS
+    from examples.common.report import COLOURS, LABELS
 
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for method, rewards in result["final_reward"].items():

@@ -27,12 +27,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.harness import ROOT, environment, print_table, progress
+from benchmarks.harness import environment, print_table, progress
+from examples.common.arithmetic import is_correct, problems
+from examples.common.policy import Rollout, sample, sequence_log_probs, tiny_qwen3, warm_start
 from snr_optim import AccumulationSource, GradientMoments, GradWeightedBaseline, SNRAdaptiveLR
-
-sys.path.insert(0, str(ROOT / "examples"))
-from arithmetic import is_correct, problems
-from policy import Rollout, sample, sequence_log_probs, tiny_qwen3, warm_start
 
 PROMPTS, GROUP, MICRO_BATCHES, WARM_UP, LAST = 32, 8, 8, 20, 20
 CEILINGS = {

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import operator
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,17 +27,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import policy_stages
-from benchmarks.harness import ROOT, Row, environment, print_table, progress, write_json
-from snr_kernels.linear_grad_norms import linear_grad_norms
-from snr_kernels.logprob_stats import logprob_stats
-from snr_optim import PerSampleGradNorms, logit_grad_norms
-
-sys.path.insert(0, str(ROOT / "examples"))
-from arithmetic import Problem, character_tokenizer
-from policy import Policy, Rollout, completion_logits, sample, tiny_qwen3
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from benchmarks.harness import Row, environment, print_table, progress, write_json
+from examples.common.arithmetic import Problem, character_tokenizer
+from examples.common.policy import Policy, Rollout, completion_logits, sample, tiny_qwen3
+from snr_optim import PerSampleGradNorms, linear_grad_norms, logit_grad_norms, logprob_stats
 
 Array = NDArray[np.float64]
 

@@ -1,8 +1,8 @@
 """Reinforcement learning on arithmetic by several processes: OBLR-PO under DDP or `fully_shard` (FSDP2).
 
-    torchrun --nproc-per-node 2 examples/ddp_fsdp.py --parallel ddp     # or fsdp; gloo on CPUs, nccl on GPUs
-    torchrun --nproc-per-node 2 examples/ddp_fsdp.py --parallel fsdp --resume   # go on where Ctrl-C stopped it
-    python examples/ddp_fsdp.py                                         # one process
+    torchrun --nproc-per-node 2 -m examples.ddp_fsdp --parallel ddp     # or fsdp; gloo on CPUs, nccl on GPUs
+    torchrun --nproc-per-node 2 -m examples.ddp_fsdp --parallel fsdp --resume   # go on where Ctrl-C stopped it
+    python -m examples.ddp_fsdp                                         # one process
 
 ``train`` is the loop to copy. Every rank samples prompts of its own, whole groups of outputs. The baseline looks at the
 outputs of all ranks, and every rank's every backward pass is a sub-batch of the noise estimate, so that all ranks get
@@ -23,15 +23,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from arithmetic import is_correct, problems
-from options import Parser
-from policy import Policy, baseline_weights, local_model, sample, sequence_log_probs, tiny_qwen3, warm_start
-from runs import Row, expect_same_settings, interruptible, read_metrics, save_atomically, stop_requested, to_json
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from examples.common.arithmetic import is_correct, problems
+from examples.common.options import Parser
+from examples.common.policy import (
+    Policy,
+    baseline_weights,
+    local_model,
+    sample,
+    sequence_log_probs,
+    tiny_qwen3,
+    warm_start,
+)
+from examples.common.runs import (
+    Row,
+    expect_same_settings,
+    interruptible,
+    read_metrics,
+    save_atomically,
+    stop_requested,
+    to_json,
+)
 from snr_optim import GradWeightedBaseline, SNRAdaptiveLR
 
 CHECKPOINT = "checkpoint.pt"  # in the folder of a run

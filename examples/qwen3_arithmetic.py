@@ -1,8 +1,8 @@
 """Reinforcement learning of a small Qwen3 on arithmetic: OBLR-PO beside GRPO, RLOO and REINFORCE.
 
-    python examples/qwen3_arithmetic.py                        # OBLR-PO, one seed, a minute on a CPU
-    python examples/qwen3_arithmetic.py --method all --seeds 0 1 2 --jobs 2 --out runs/demo
-    python examples/qwen3_arithmetic.py --resume               # go on where Ctrl-C stopped it
+    python -m examples.qwen3_arithmetic                        # OBLR-PO, one seed, a minute on a CPU
+    python -m examples.qwen3_arithmetic --method all --seeds 0 1 2 --jobs 2 --out runs/demo
+    python -m examples.qwen3_arithmetic --resume               # go on where Ctrl-C stopped it
 
 ``train`` is the loop to copy. The methods differ in how rewards become advantages, and in whether the measured
 signal-to-noise ratio sets the learning rate; problems, seeds, samples and loss are the same.
@@ -18,15 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from arithmetic import is_correct, problems
-from launcher import run_all
-from options import parse_arguments
-from policy import Policy, baseline_weights, local_model, sample, sequence_log_probs, tiny_qwen3, warm_start
-from report import report
 from rich.console import Console
-from runs import OnRow, Run, save_atomically
 from torch import Tensor, nn
 
+from examples.common.arithmetic import is_correct, problems
+from examples.common.launcher import run_all
+from examples.common.options import parse_arguments
+from examples.common.policy import (
+    Policy,
+    baseline_weights,
+    local_model,
+    sample,
+    sequence_log_probs,
+    tiny_qwen3,
+    warm_start,
+)
+from examples.common.report import report
+from examples.common.runs import OnRow, Run, save_atomically
 from snr_optim import GradWeightedBaseline, PerSampleGradNorms, SNRAdaptiveLR
 
 

@@ -1,9 +1,9 @@
 r"""TRL's GRPO with the two lines that make it OBLR-PO; from arithmetic on a laptop to a model and a file of problems.
 
-    python examples/trl_grpo.py                                # a tiny Qwen3, arithmetic: a minute on a CPU, offline
-    python examples/trl_grpo.py --method grpo --out runs/grpo  # TRL as it is, same seed, problems and settings
-    python examples/trl_grpo.py --resume --steps 200           # go on where it ended, or where Ctrl-C stopped it
-    torchrun --nproc-per-node 8 examples/trl_grpo.py --model Qwen/Qwen3-4B-Base --dataset train.jsonl \
+    python -m examples.trl_grpo                                # a tiny Qwen3, arithmetic: a minute on a CPU, offline
+    python -m examples.trl_grpo --method grpo --out runs/grpo  # TRL as it is, same seed, problems and settings
+    python -m examples.trl_grpo --resume --steps 200           # go on where it ended, or where Ctrl-C stopped it
+    torchrun --nproc-per-node 8 -m examples.trl_grpo --model Qwen/Qwen3-4B-Base --dataset train.jsonl \
         --num-generations 8 --prompts 128 --gradient-checkpointing --out runs/qwen3-4b
 
 ``make_trainer`` is the function to copy. Needs TRL: ``pip install '.[trl,examples]'`` in a checkout.
@@ -25,17 +25,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import arithmetic
-import math_problems
 import torch
 from datasets import Dataset
-from options import Parser
-from policy import tiny_qwen3, warm_start
-from runs import expect_same_settings, interruptible, stop_requested, to_json
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
+from examples.common import arithmetic, math_problems
+from examples.common.options import Parser
+from examples.common.policy import tiny_qwen3, warm_start
+from examples.common.runs import expect_same_settings, interruptible, stop_requested, to_json
 from snr_optim.integrations.transformers import SNRCallback
 from snr_optim.integrations.trl import OBLRTrainerMixin, check_unbiased
 

@@ -11,23 +11,23 @@ import time
 
 import pytest
 import torch
-from arithmetic import Problem, is_correct, problems
-from options import parse_arguments
-from paths import ROOT
-from policy import baseline_weights, sample, sequence_log_probs, tiny_qwen3
-from report import steps_to
-from runs import read_metrics
+from paths import ROOT, environment
 
-SCRIPT = str(ROOT / "examples" / "qwen3_arithmetic.py")
+from examples.common.arithmetic import Problem, is_correct, problems
+from examples.common.options import parse_arguments
+from examples.common.policy import baseline_weights, sample, sequence_log_probs, tiny_qwen3
+from examples.common.report import steps_to
+from examples.common.runs import read_metrics
+
 SMALL = ["--prompts", "4", "--group-size", "4", "--micro-batches", "2", "--warm-start-steps", "3"]
 
 
 def command(*words):
-    return [sys.executable, SCRIPT, *SMALL, *map(str, words)]
+    return [sys.executable, "-m", "examples.qwen3_arithmetic", *SMALL, *map(str, words)]
 
 
 def run(*words):
-    return subprocess.run(command(*words), capture_output=True, text=True)
+    return subprocess.run(command(*words), capture_output=True, text=True, cwd=ROOT, env=environment())
 
 
 def rows_without_time(folder):
@@ -69,7 +69,10 @@ def test_all_methods_in_two_processes_write_table_summary_and_picture(tmp_path):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_keeps_what_was_done(tmp_path, jobs):
     words = command("--method", "rloo", "--seeds", 0, 1, "--steps", 100_000, "--jobs", jobs, "--out", tmp_path)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while len(read_metrics(tmp_path / "rloo-seed-0")) < 3 and time.monotonic() < deadline:
         time.sleep(0.2)

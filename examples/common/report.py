@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from runs import read_metrics
+
+from examples.common.runs import read_metrics
 
 ADAPTIVE = "oblr-po"
 LABELS = {"oblr-po": "OBLR-PO", "grpo": "GRPO", "rloo": "RLOO", "reinforce": "REINFORCE"}

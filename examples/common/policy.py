@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from arithmetic import Problem, character_tokenizer, worked_examples
-from runs import OnRow, stop_requested
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -18,8 +16,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from snr_kernels.logprob_stats import logprob_stats
-from snr_optim import PerSampleGradNorms, logit_grad_norms
+from examples.common.arithmetic import Problem, character_tokenizer, worked_examples
+from examples.common.runs import OnRow, stop_requested
+from snr_optim import PerSampleGradNorms, logit_grad_norms, logprob_stats
 
 Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Rollout = dict[str, Tensor]  # input_ids, attention_mask [B, prompt + T]; completion_mask [B, T]
