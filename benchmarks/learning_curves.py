@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,21 +24,20 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.harness import environment, print_table, write_json
 from benchmarks.lr_range import GROUP, LAST, PROMPTS, WARM_UP, prepare, run_missing, train_on_demo_task
-from examples.common.policy import Rollout, baseline_weights, tiny_qwen3
-from examples.qwen3_arithmetic import GroupNormalised, NoBaseline
-from snr_optim import GradWeightedBaseline, SNRAdaptiveLR
+from examples.common.policy import Rollout, logit_weights, tiny_qwen3
+from examples.qwen3_arithmetic import METHODS
+from snr_optim import SNRAdaptiveLR
 
 LRS = {"constant": [1e-4, 2e-4, 4e-4], "snr": [1e-3, 2e-3, 4e-3]}
 TUNING_SEEDS = [100, 101]
-BASELINES: dict[str, Callable[[], Any]] = {
-    "none": NoBaseline,
-    "grpo": GroupNormalised,
-    "rloo": lambda: GradWeightedBaseline("group"),
-    "paper": lambda: GradWeightedBaseline("group"),
-    "snr-optim": GradWeightedBaseline,
+BASELINES = {  # those of the demo; "paper" and "snr-optim" are given logit gradient norms: what any model can afford
+    "none": METHODS["reinforce"],
+    "grpo": METHODS["grpo"],
+    "rloo": METHODS["rloo"],
+    "paper": replace(METHODS["rloo"], colour="#c28e0e", weighted=True),
+    "snr-optim": METHODS["oblr-po"],
 }
-WEIGHTED = ("paper", "snr-optim")  # by logit gradient norms: what a model of any size can afford
-COLOURS = {"none": "#8d99ae", "grpo": "#1d3557", "rloo": "#2a9d8f", "paper": "#c28e0e", "snr-optim": "#c1121f"}
+SCOPE = "shrink"  # of the baseline of "snr-optim"
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,8 @@ def train(setting: Setting, weights_file: Path) -> list[float]:
     if setting.schedule == "snr":
         scheduler = SNRAdaptiveLR(optimizer, schedule=warm_up)
         scheduler.attach(model)
-    baseline = BASELINES[setting.baseline]()
+    method = BASELINES[setting.baseline]
+    baseline = method.baseline(SCOPE)
     learning = {"update": True} if setting.baseline == "snr-optim" else {}
 
     def step() -> None:
@@ -72,7 +71,7 @@ def train(setting: Setting, weights_file: Path) -> list[float]:
         optimizer.zero_grad()
 
     def advantages(rewards: Tensor, rollout: Rollout) -> Tensor:
-        weights = baseline_weights("logit" if setting.baseline in WEIGHTED else "none", model, rollout)
+        weights = logit_weights(model, rollout) if method.weighted else None
         found: Tensor = baseline.advantages(rewards, weights, groups=GROUP, **learning)
         return found
 
@@ -135,14 +134,15 @@ def draw(rows: list[dict[str, Any]], chosen: dict[tuple[str, str], float], seeds
         for (baseline, of_schedule), lr in chosen.items():
             if of_schedule != schedule:
                 continue
+            colour = BASELINES[baseline].colour
             runs = [row["rewards"] for row in rows if row["seed"] in seeds
                     and (row["baseline"], row["schedule"], row["lr"]) == (baseline, schedule, lr)]  # fmt: skip
             curves = np.array(runs)
             smooth = np.stack([np.convolve(curve, np.ones(LAST) / LAST, "valid") for curve in curves])
             samples = (np.arange(smooth.shape[1]) + LAST) * PROMPTS * GROUP
             low, high = np.array([interval(smooth[:, k]) for k in range(smooth.shape[1])]).T
-            axis.plot(samples, smooth.mean(0), color=COLOURS[baseline], label=f"{baseline}, lr {lr:g}", lw=1.8)
-            axis.fill_between(samples, low, high, color=COLOURS[baseline], alpha=0.12, lw=0)
+            axis.plot(samples, smooth.mean(0), color=colour, label=f"{baseline}, lr {lr:g}", lw=1.8)
+            axis.fill_between(samples, low, high, color=colour, alpha=0.12, lw=0)
         axis.set(xlabel="sampled outputs", title=f"lr: {schedule}")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import ROOT, commit
-
-METHODS = ("oblr-po", "grpo", "rloo", "reinforce")
+from examples.qwen3_arithmetic import METHODS
 
 
 def main() -> None:
@@ -79,13 +78,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from examples.common.report import COLOURS, LABELS
-
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for method, rewards in result["final_reward"].items():
         lrs = [float(lr) for lr in rewards]
         mean, std = zip(*rewards.values(), strict=True)
-        axis.errorbar(lrs, mean, std, color=COLOURS[method], label=LABELS[method], marker="o", capsize=3, lw=1.8)
+        axis.errorbar(
+            lrs, mean, std, color=METHODS[method].colour, label=METHODS[method].label, marker="o", capsize=3, lw=1.8
+        )
     axis.set(xscale="log", xlabel="constant learning rate, or ceiling of OBLR-PO", ylabel="final reward")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

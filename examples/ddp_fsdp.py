@@ -12,7 +12,6 @@ the same learning rate.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import random
 import sys
@@ -32,8 +31,8 @@ from examples.common.arithmetic import is_correct, problems
 from examples.common.options import Parser
 from examples.common.policy import (
     Policy,
-    baseline_weights,
     local_model,
+    logit_weights,
     sample,
     sequence_log_probs,
     tiny_qwen3,
@@ -87,7 +86,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         rewards = torch.tensor([is_correct(text, batch[i // args.group_size]) for i, text in enumerate(texts)]).float()
         rewards = rewards.to(device)
 
-        weights = baseline_weights("logit", policy, rollout)
+        weights = logit_weights(policy, rollout)
         # Whole groups are on one rank, so their size is enough; groups that are split need ids.
         advantages = baseline.advantages(rewards, weights, groups=args.group_size, update=True)
 
@@ -236,10 +235,9 @@ def parse_arguments(argv: list[str] | None = None, processes: int = 1) -> argpar
     add("--resume", action="store_true", help="go on with the run in --out, bit for bit")
     args = parser.parse_args(argv)
 
-    for name, least in {"steps": 1, "prompts": 2, "group_size": 2, "micro_batches": 1, "max_new_tokens": 1,
-                        "warm_start_steps": 1, "every": 1}.items():  # fmt: skip
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(args, name)}")
+    parser.expect_at_least(
+        args, steps=1, prompts=2, group_size=2, micro_batches=1, max_new_tokens=1, warm_start_steps=1, every=1
+    )
     if processes * args.micro_batches < 2:
         parser.error("--micro-batches: expected at least 2 in one process, where one says nothing about noise")
     if args.prompts % (processes * args.micro_batches):
@@ -247,12 +245,9 @@ def parse_arguments(argv: list[str] | None = None, processes: int = 1) -> argpar
             f"--prompts: expected a multiple of {processes} processes x {args.micro_batches} micro-batches, "
             f"got {args.prompts}"
         )
-    if not 0 < args.lr < math.inf:
-        parser.error(f"--lr: expected a positive number, got {args.lr}")
-    if args.model and not (args.model / "config.json").is_file():
-        parser.error(f"--model: no Hugging Face model in {args.model} (config.json is not there)")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out: {args.out} is a file")
+    parser.expect_positive_lr(args)
+    parser.expect_model_folder(args)
+    parser.expect_folder(args)
     checkpoint = args.out / CHECKPOINT
     if args.resume and not checkpoint.is_file():
         parser.error(f"--resume: there is no checkpoint in {args.out}")

@@ -20,7 +20,7 @@ from paths import ROOT, environment
 
 from examples import ddp_fsdp
 from examples.common.arithmetic import is_correct, problems
-from examples.common.policy import baseline_weights, local_model, sequence_log_probs, tiny_qwen3, warm_start
+from examples.common.policy import local_model, logit_weights, sequence_log_probs, tiny_qwen3, warm_start
 from examples.common.runs import read_metrics
 from examples.ddp_fsdp import parse_arguments
 from snr_optim import GradientMoments, GradWeightedBaseline
@@ -134,7 +134,7 @@ def test_the_first_step_is_measured_as_one_process_does(folder, kind):
         texts = tokenizer.batch_decode(rollout["input_ids"][:, -length:], skip_special_tokens=True)
         batch = problems(8, 0, 0)[rank::2]
         rewards += [float(is_correct(text, batch[i // GROUP])) for i, text in enumerate(texts)]
-        weights.append(baseline_weights("logit", model, rollout))
+        weights.append(logit_weights(model, rollout))
         size = len(texts) // MICRO_BATCHES
         parts += [{name: t[i : i + size] for name, t in rollout.items()} for i in range(0, len(texts), size)]
     rewards = torch.tensor(rewards)
