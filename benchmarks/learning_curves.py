@@ -11,7 +11,6 @@ curves are of other seeds. All runs see the same problems. "paper" and "snr-opti
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks.demo_task import GROUP, LAST, PROMPTS, WARM_UP, logged_runs, prepare, run_missing, train_on_demo_task
 from benchmarks.harness import environment, print_table, write_json
-from benchmarks.lr_range import GROUP, LAST, PROMPTS, WARM_UP, prepare, run_missing, train_on_demo_task
 from examples.common.policy import Rollout, logit_weights, tiny_qwen3
 from examples.qwen3_arithmetic import METHODS
 from snr_optim import SNRAdaptiveLR
@@ -168,8 +167,7 @@ def main() -> None:
     origin = environment(torch.device("cpu"))
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "runs.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if args.resume and log.exists() else []
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = logged_runs(log, args.resume)
     starts = prepare(args.out, [*TUNING_SEEDS, *args.seeds])
     pairs = [(baseline, schedule) for baseline in args.baselines for schedule in args.schedules]
 

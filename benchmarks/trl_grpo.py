@@ -30,8 +30,8 @@ import torch
 from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.demo_task import LAST, prepare, run_missing
 from benchmarks.harness import environment, print_table, progress, version, write_json
-from benchmarks.lr_range import LAST, prepare, run_missing
 from examples.trl_grpo import arithmetic_task, make_trainer, parse_arguments
 from snr_optim import AccumulationSource
 from snr_optim.attachment import Attachment

@@ -37,9 +37,7 @@ class Method(Protocol):
         """Whether its learning rate is not a constant one."""
 
 
-def report(
-    out: Path, folders: Mapping[str, Sequence[Path]], methods: Mapping[str, Method], console: Console
-) -> None:  # fmt: skip
+def report(out: Path, folders: Mapping[str, Sequence[Path]], methods: Mapping[str, Method], console: Console) -> None:
     """Print the table of all methods that have a finished step, and write ``summary.json`` and ``curves.png``."""
     found = {name: curves for name, runs in folders.items() if (curves := load(runs))}
     if not found:
