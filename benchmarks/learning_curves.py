@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.demo_task import GROUP, LAST, PROMPTS, WARM_UP, logged_runs, prepare, run_missing, train_on_demo_task
-from benchmarks.harness import environment, print_table, write_json
+from benchmarks.harness import environment, print_table, pyplot, tidy, write_json
 from examples.common.policy import Rollout, logit_weights, tiny_qwen3
 from examples.qwen3_arithmetic import METHODS
 from snr_optim import SNRAdaptiveLR
@@ -123,11 +123,7 @@ def summary(rows: list[dict[str, Any]], chosen: dict[tuple[str, str], float], se
 
 
 def draw(rows: list[dict[str, Any]], chosen: dict[tuple[str, str], float], seeds: list[int], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for axis, schedule in zip(axes, LRS, strict=True):
         for (baseline, of_schedule), lr in chosen.items():
@@ -143,8 +139,7 @@ def draw(rows: list[dict[str, Any]], chosen: dict[tuple[str, str], float], seeds
             axis.plot(samples, smooth.mean(0), color=colour, label=f"{baseline}, lr {lr:g}", lw=1.8)
             axis.fill_between(samples, low, high, color=colour, alpha=0.12, lw=0)
         axis.set(xlabel="sampled outputs", title=f"lr: {schedule}")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
         axis.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel(f"reward, mean of {LAST} steps")
     figure.suptitle(f"Mean over {len(seeds)} seeds with 95 % bootstrap intervals", fontsize=10)

@@ -12,9 +12,7 @@ arXiv 2007.05105, with fairscale's averages), or S / (S + V) by ``SNRAdaptiveLR`
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -26,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.demo_task import GROUP, LAST, WARM_UP, logged_runs, prepare, run_missing, train_on_demo_task
-from benchmarks.harness import environment, print_table
+from benchmarks.harness import environment, print_table, pyplot, tidy, write_json
 from examples.common.policy import Rollout, tiny_qwen3
 from examples.qwen3_arithmetic import OPTIMIZERS
 from snr_optim import AccumulationSource, GradientMoments, GradWeightedBaseline, SNRAdaptiveLR
@@ -140,11 +138,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(result: list[dict[str, Any]], title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     colours = {"constant": "#777777", "cosine": "#c28e0e", "adascale": "#8a5cd6", "snr": "#0b6fb8"}
     optimizers = sorted({row["optimizer"] for row in result})
     figure, all_axes = plt.subplots(1, len(optimizers), figsize=(5.2 * len(optimizers), 3.8), layout="constrained")
@@ -158,8 +152,7 @@ def draw(result: list[dict[str, Any]], title: str, path: Path) -> None:
                     ceilings, means, bars, color=colour, label=row["schedule"], marker="o", ms=4, capsize=2, lw=width
                 )
         axes.set(xscale="log", xlabel="learning rate: constant, or ceiling", ylabel="final reward", title=optimizer)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         axes.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
@@ -194,10 +187,8 @@ def main() -> None:
     jobs = [(setting, starts[setting.seed]) for setting in missing]
     run_missing(run, jobs, rows, log, args.jobs, lambda row: f"{row['optimizer']} {row['schedule']} {row['ceiling']:g}")
     result = summary(rows)
-    command = "python -m benchmarks.lr_range " + " ".join(sys.argv[1:])
-    whole = {"benchmark": "lr_range", "command": command.strip(), "environment": origin, "steps": args.steps}
-    text = json.dumps(whole | {"seeds": args.seeds, "summary": result, "runs": rows}, indent=1)
-    (args.out / "lr_range.json").write_text(text + "\n")
+    path = args.out / "lr_range.json"
+    write_json(path, "lr_range", origin, steps=args.steps, seeds=str(args.seeds), summary=result, runs=rows)
     draw(result, f"{args.steps} steps, mean ± standard error over seeds {args.seeds}", args.out / "lr_range.png")
     print_table(result, ("optimizer", "schedule", "best", "best_ceiling", "within_10_percent", "highest_at_80_percent"))
 

@@ -86,6 +86,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         rewards = torch.tensor([is_correct(text, batch[i // args.group_size]) for i, text in enumerate(texts)]).float()
         rewards = rewards.to(device)
 
+        # A forward pass of their own: advantages need the weights of all micro-batches, whose graphs would otherwise
+        # have to be kept until then.
         weights = logit_weights(policy, rollout)
         # Whole groups are on one rank, so their size is enough; groups that are split need ids.
         advantages = baseline.advantages(rewards, weights, groups=args.group_size, update=True)

@@ -65,13 +65,14 @@ def load(runs: Sequence[Path]) -> Curves | None:
 def summarise(curves: Curves) -> dict[str, float | int | None]:
     final = curves["reward"][:, -WINDOW:].mean(1)
     norms = curves["gradient_norm"]
-    measured = bool(np.isfinite(norms).any())
+    with np.errstate(invalid="ignore"):
+        spread = float((norms.std(1) / norms.mean(1)).mean())
     return {
         "final_reward": float(final.mean()),
         "final_reward_std": float(final.std(ddof=1)) if len(final) > 1 else 0.0,
         "seeds": len(final),
         "steps": curves["reward"].shape[1],
-        "gradient_norm_spread": float((norms.std(1) / norms.mean(1)).mean()) if measured else None,
+        "gradient_norm_spread": spread if np.isfinite(spread) else None,  # not measured, or no gradient at all
         "seconds_per_step": float(np.median(curves["seconds"])),
     }
 
