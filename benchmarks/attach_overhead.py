@@ -79,7 +79,8 @@ class Clock:
         self.seconds = 0.0
 
     def __enter__(self) -> Clock:
-        timed = [(BatchTracker, "on_gradient"), (BatchTracker, "_on_end"), (AccumulationSource, "parameter_group_moments")]
+        timed: list[tuple[type, str]] = [(BatchTracker, "on_gradient"), (BatchTracker, "_on_end")]
+        timed.append((AccumulationSource, "parameter_group_moments"))
         self._originals = [(owner, name, getattr(owner, name)) for owner, name in timed]
         for owner, name, original in self._originals:
             setattr(owner, name, self._timed(original))
