@@ -102,7 +102,7 @@ def imports(file: Path, known: dict[str, Path]) -> set[str]:
 
 
 def test_no_import_goes_upward():
-    """From a room to one that CONTRIBUTING.md lists above it; rooms that it does not list are free."""
+    """From a room to one that CONTRIBUTING.md lists above it; it lists all but the public surface."""
     rows = re.findall(r"^\| (`[\w./]+/?`(?:, `[\w./]+`)*) \|", read("CONTRIBUTING.md"), re.MULTILINE)
     height = {ROOT / room: -row for row, rooms in enumerate(rows) for room in re.findall(r"`(.*?)`", rooms)}
     assert len(height) > 10
@@ -111,6 +111,7 @@ def test_no_import_goes_upward():
         return next((h for room, h in height.items() if file == room or room in file.parents), None)
 
     known = modules()
+    assert {name for name, file in known.items() if height_of(file) is None} <= {"snr_optim"}
     for name, file in known.items():
         for other in imports(file, known):
             here, there = height_of(file), height_of(known[other])

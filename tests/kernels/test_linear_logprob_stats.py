@@ -1,7 +1,8 @@
 """`linear_logprob_stats` against `logprob_stats` of the whole logits and against its float64 reference.
 
 On torch anywhere, on Triton on a GPU or interpreted (`test_interpreter`). What is asked of the statistics of one slab
-is asked in `test_logprob_stats`; here it is asked that slabs, and ranks (`test_distributed`), make no difference.
+is asked in `test_logprob_stats`; here it is asked that slabs make no difference, nor ranks, whose cases are among
+`tests/helpers/distributed_cases.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""One op: hidden states and weights of the head to what `logprob_stats` says of the logits, which never exist whole.
+"""The op's door: `linear_logprob_stats`, which gives what `logprob_stats` says of the logits, and its backward pass.
 
-Here: the function, its float64 reference, what it must cost, and its backward pass for autograd. How logits are
-cut into slabs is in ``_head``, what is done with each in ``_head_passes``, and how slabs and ranks are joined in
-``_softmax_parts``. The products are torch's (cuBLAS on a GPU), the rest is one pass of `logprob_stats` over each slab.
+``_tiles`` cuts the logits into slabs, ``_passes`` says what is done with each, and ``_merge`` joins slabs and ranks.
+The products are torch's (cuBLAS on a GPU); the rest is one pass of `logprob_stats` over each slab.
 """
 
 from __future__ import annotations
