@@ -117,7 +117,8 @@ def train(args: argparse.Namespace, method: Method, seed: int, run: Run) -> None
         rewards = torch.tensor([is_correct(text, batch[i // args.group_size]) for i, text in enumerate(texts)]).float()
         rewards = rewards.to(model.device)
 
-        # log pi(output | prompt), [outputs], of each micro-batch; a generator, so each forward pass waits for its turn.
+        # log pi(output | prompt), [outputs], of each micro-batch; a generator, so that each forward pass waits for its
+        # turn (unless the norms are exact, see below).
         size = args.prompts // args.micro_batches * args.group_size  # whole prompts: the independent unit
         micro_batches = (
             {name: tensor[start : start + size] for name, tensor in rollout.items()}
@@ -132,7 +133,7 @@ def train(args: argparse.Namespace, method: Method, seed: int, run: Run) -> None
         weights = None
         if norms is not None:
             # From the graphs that the loss goes on to use, so that no forward pass is done twice. All of them are in
-            # memory until then; where that is too much, use --weights logit.
+            # memory until then, and gradients of outputs within a block; where that is too much, use --weights logit.
             log_probs, squared = list(log_probs), []
             for of_micro in log_probs:
                 with norms.sequences(batch_size=size):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from snr_kernels.dispatch import widest_dtype
+from snr_kernels.precision import widest_dtype
 from snr_optim._torch import current_backward, is_nested_step, loss_scale, runs_several_processes
 from snr_optim.noise import AccumulationSource, Norm
 from snr_optim.noise.moments import GradientMoments

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from snr_kernels.checks import expect_integers
-from snr_kernels.dispatch import Impl, exact_dtype
+from snr_kernels.dispatch import Impl
 from snr_kernels.lm_head import linear_logprob_stats
 from snr_kernels.logprob_stats import IGNORE_INDEX as IGNORE_INDEX
 from snr_kernels.logprob_stats import LogprobStats
+from snr_kernels.precision import exact_dtype
 from snr_optim.after_head import (
     LogitChanges,
     LogitScaling,

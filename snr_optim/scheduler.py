@@ -1,7 +1,8 @@
 """The learning rate set by measured gradient noise: ``SNRAdaptiveLR``, a true ``LRScheduler``.
 
-``observe()`` owns the statistics; ``step()`` only writes ceiling x factor into the optimizer, so it may be
-called as often as a trainer likes. Where moments come from is the business of :mod:`snr_optim.noise`.
+``observe()`` and ``attach()`` fold moments into the averages; ``step()`` lets the inner schedule move, where there is
+one, and writes ceiling x factor into the optimizer. Without ``schedule=`` it may be called as often as a trainer likes.
+Where moments come from is the business of :mod:`snr_optim.noise`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from snr_kernels.dispatch import widest_dtype
+from snr_kernels.precision import widest_dtype
 from snr_optim.baseline.inputs import Batch
 from snr_optim.prompt_groups import PromptGroups, sum_of_others
 

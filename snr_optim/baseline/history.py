@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snr_kernels.dispatch import widest_dtype
+from snr_kernels.precision import widest_dtype
 
 
 class Pool:

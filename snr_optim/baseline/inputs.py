@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snr_kernels.dispatch import widest_dtype
+from snr_kernels.precision import widest_dtype
 from snr_optim.prompt_groups import PromptGroups
 
 # So that sums of w r stay finite: (rewards, weights), by the precision that is worked in.

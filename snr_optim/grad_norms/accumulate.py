@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from snr_kernels.dispatch import exact_dtype, widest_dtype
 from snr_kernels.linear_grad_norms import linear_grad_norms
+from snr_kernels.precision import exact_dtype, widest_dtype
 from snr_kernels.segments import Segments
 from snr_optim.grad_norms.contributions import BiasContribution, Contribution, Contributions, MatrixContribution
 

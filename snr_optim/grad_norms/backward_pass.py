@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from snr_kernels.dispatch import exactly
+from snr_kernels.precision import exactly
 from snr_optim._torch import current_backward, is_nested_backward
 from snr_optim.grad_norms.accumulate import NormAccumulator
 from snr_optim.grad_norms.capture import ForwardCall

@@ -15,9 +15,9 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from snr_kernels.dispatch import exact_dtype
 from snr_kernels.linear_grad_norms import linear_grad_norms
 from snr_kernels.norm_embedding_grad_norms import embedding_grad_norms, normalised, normalization_grad_norms
+from snr_kernels.precision import exact_dtype
 from snr_kernels.segments import Segments, segment_sums
 
 MOST_PRODUCTS = 1 << 25  # inner products of tokens with tokens that are in memory at once

@@ -129,9 +129,9 @@ class ParameterUses:
                 continue
             stack.pop()
             if node not in self._only:
-                yield from self._close(node, children)
+                yield from self._account_for(node, children)
 
-    def _close(self, node: Node, children: list[Node]) -> Iterator[GradientEdge]:
+    def _account_for(self, node: Node, children: list[Node]) -> Iterator[GradientEdge]:
         here = our_hooks_at(node)
         for handles in here.values():
             for handle in handles:

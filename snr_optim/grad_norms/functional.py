@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from snr_kernels.dispatch import exact_dtype
+from snr_kernels.precision import exact_dtype
 
 
 def per_sample_grad_norms_func(

@@ -72,8 +72,9 @@ class PerSampleGradNorms:
     **Must hold.** The first dimension of every activation is the batch, or it holds the packed tokens. Sequences do not
     meet within a layer, as they do in a batch norm, or in experts that are given tokens of all sequences. Other shapes
     are refused, but a wrong one that happens to fit goes unnoticed. While another graph of the model is alive (an
-    earlier loss that is still referenced), its calls seem to wait for gradients, and inputs are kept until the block
-    ends.
+    earlier loss that is still referenced), its calls seem to wait for gradients: inputs and output gradients are kept
+    until the block ends, no products of inputs are shared, and a tied head is not narrowed to the rows that are used.
+    The norms stay exact.
 
     Args:
         model: the model as it will be trained: wrapped, frozen and with its adapters. It is hooked until

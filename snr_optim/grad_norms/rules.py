@@ -14,8 +14,8 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from snr_kernels.dispatch import exact_dtype, widest_dtype
 from snr_kernels.norm_embedding_grad_norms import normalised
+from snr_kernels.precision import exact_dtype, widest_dtype
 from snr_optim._torch import leaves_of
 from snr_optim.grad_norms.contributions import (
     BiasContribution,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from snr_optim.noise.data_parallel import gradients_of
-from snr_optim.noise.gradients import LocalGradients, Sums
+from snr_optim.noise.gradients import LocalGradients, SubBatchSums
 from snr_optim.noise.moments import ROUNDING, GradientMoments
 from snr_optim.noise.norms import Norm, SquaresByGroup, euclidean, sum_of_squares
 from snr_optim.noise.tracking import Accumulated, BatchTracker
@@ -157,7 +157,7 @@ class AccumulationSource:
 
     # -- sums ---------------------------------------------------------------------------------------
 
-    def _add_up(self, batch: Accumulated) -> Sums:
+    def _add_up(self, batch: Accumulated) -> SubBatchSums:
         """The sums of this process; NaN where they cannot be known, after one warning that says why."""
         scaled, of_grad = self._squares({}), self._squares(batch.of_grad)
         for sub_batch in batch.scaled:
@@ -175,14 +175,14 @@ class AccumulationSource:
         if batch.fault is not None:
             self._warn(batch.fault)
             scaled = scaled * torch.nan
-        return Sums(scaled, of_grad, sum(batch.sizes), len(batch.sizes))
+        return SubBatchSums(scaled, of_grad, sum(batch.sizes), len(batch.sizes))
 
     def _warn(self, fault: str) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(f"A batch could not be measured, and counts as invalid: {fault}.", stacklevel=2)
 
-    def _to_moments(self, sums: Sums) -> list[GradientMoments]:
+    def _to_moments(self, sums: SubBatchSums) -> list[GradientMoments]:
         mean_of_sq_norms, num = sums.size * sums.scaled, sums.num
         if isinstance(num, int) and num == 0:
             mean_of_sq_norms, num = mean_of_sq_norms * torch.nan, 1

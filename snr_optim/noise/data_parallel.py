@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from snr_optim._torch import is_fully_shard, runs_several_processes
-from snr_optim.noise.gradients import GradState, LocalGradients, Sums
+from snr_optim.noise.gradients import GradState, LocalGradients, SubBatchSums
 
 DISAGREE = (
     "the ranks disagree. Unequal numbers of backward passes need `with handle.sub_batch(size=...)` on every rank; and "
@@ -79,7 +79,7 @@ class DataParallelGradients(LocalGradients):
         local: Tensor | None = gradient.to_local() if hasattr(gradient, "to_local") else gradient
         return local
 
-    def sum_over_ranks(self, sums: Sums, *, stated: bool, measured: bool) -> tuple[Sums, str | None]:
+    def sum_over_ranks(self, sums: SubBatchSums, *, stated: bool, measured: bool) -> tuple[SubBatchSums, str | None]:
         scaled, of_grad, size, num = sums
         own = (size, num, num**2, num > 0, num > 0 and stated, self.weight_of_grad(measured))
         counts = torch.stack([torch.full((), float(one), dtype=scaled.dtype, device=scaled.device) for one in own])
@@ -94,7 +94,7 @@ class DataParallelGradients(LocalGradients):
         scaled = torch.where(comparable, scaled, torch.nan)
         # On a CPU numbers can be read for nothing; elsewhere it would wait.
         on_cpu = scaled.device.type == "cpu"
-        total = Sums(scaled, of_grad / weight, size, int(num) if on_cpu else num)
+        total = SubBatchSums(scaled, of_grad / weight, size, int(num) if on_cpu else num)
         return total, DISAGREE if on_cpu and not comparable else None
 
 

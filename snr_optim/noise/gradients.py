@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
-class Sums(NamedTuple):
+class SubBatchSums(NamedTuple):
     """What the sub-batches of a batch add up to, for each parameter group; over all ranks in the end.
 
     Attributes:
@@ -103,7 +103,7 @@ class LocalGradients:
         """
         return [], None
 
-    def sum_over_ranks(self, sums: Sums, *, stated: bool, measured: bool) -> tuple[Sums, str | None]:
+    def sum_over_ranks(self, sums: SubBatchSums, *, stated: bool, measured: bool) -> tuple[SubBatchSums, str | None]:
         """Add the sums of all ranks up.
 
         Args:

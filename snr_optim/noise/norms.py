@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from snr_kernels.dispatch import widest_dtype
+from snr_kernels.precision import widest_dtype
 
 Norm: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (parameter, a gradient of it) -> 0-d, float32 at least
 

@@ -86,6 +86,7 @@ class BatchTracker:
     def __init__(self, gradients: LocalGradients, norm: Norm, squares: Callable[[dict[int, Tensor]], Tensor]) -> None:
         self.gradients, self._norm, self._squares = gradients, norm, squares
         self.hooks = LeafHooks(self.on_gradient, self._norm_if_any, self._on_change)
+        # The gradients say at which leaves they arrive, now or in a forward pass; the hooks go there.
         self.hooks.add(gradients.watch(self.hooks.watch))
         self.dropped = 0
         self._batch = Accumulated()

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from snr_kernels.checks import expect_integers
-from snr_kernels.dispatch import Impl, exact_dtype, runs_triton
+from snr_kernels.dispatch import Impl, runs_triton
 from snr_kernels.logprob_stats import _torch as logprob_stats_torch
 from snr_kernels.logprob_stats.results import IGNORE_INDEX, temperature_tensor
+from snr_kernels.precision import exact_dtype
 from snr_kernels.products import multiply
 
 FEWEST_COLUMNS = 1024  # below that rows are divided too: thinner products are slow

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from snr_kernels.checks import expect_names
-from snr_kernels.dispatch import Impl, exactly
+from snr_kernels.dispatch import Impl
 from snr_kernels.linear_grad_norms import Method, linear_grad_norms
 from snr_kernels.lm_head._passes import logit_gradients, statistics
 from snr_kernels.lm_head._tiles import Head, prepare
 from snr_kernels.lm_head.results import HeadGradNorms
 from snr_kernels.logprob_stats.results import IGNORE_INDEX
+from snr_kernels.precision import exactly
 from snr_kernels.products import add_product
 from snr_kernels.segments import Segments, segment_sums
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from snr_kernels.checks import expect_names
-from snr_kernels.dispatch import Impl, exactly
+from snr_kernels.dispatch import Impl
 from snr_kernels.lm_head._passes import Kept, gradients, statistics
 from snr_kernels.lm_head._tiles import Head, Options, prepare
 from snr_kernels.logprob_stats import LogprobStats
 from snr_kernels.logprob_stats.results import IGNORE_INDEX
+from snr_kernels.precision import exactly
 
 
 def linear_logprob_stats(

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from snr_kernels.checks import expect_integers, expect_names
-from snr_kernels.dispatch import Impl, exact_dtype, runs_triton
+from snr_kernels.dispatch import Impl, runs_triton
 from snr_kernels.logprob_stats import _torch
 from snr_kernels.logprob_stats.results import IGNORE_INDEX, LogprobStats, temperature_tensor
+from snr_kernels.precision import exact_dtype
 
 
 def logprob_stats(
