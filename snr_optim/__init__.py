@@ -5,7 +5,14 @@ per-sample gradient norms that the baseline weighs rewards with. The ops underne
 ``snr_kernels``; those that users call are here too. Neither triton nor an integration is imported.
 """
 
-from snr_kernels import LogprobStats, head_grad_norms, linear_grad_norms, linear_logprob_stats, logprob_stats
+from snr_kernels import (
+    HeadGradNorms,
+    LogprobStats,
+    head_grad_norms,
+    linear_grad_norms,
+    linear_logprob_stats,
+    logprob_stats,
+)
 from snr_optim.baseline import GradWeightedBaseline
 from snr_optim.causal_lm import model_logprob_stats
 from snr_optim.grad_norms import PerSampleGradNorms, logit_grad_norms, per_sample_grad_norms_func
@@ -16,6 +23,7 @@ __all__ = [
     "AccumulationSource",
     "GradWeightedBaseline",
     "GradientMoments",
+    "HeadGradNorms",
     "LogprobStats",
     "PerSampleGradNorms",
     "SNRAdaptiveLR",

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import sys
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and knows the checks that examples have in common."""
+    """Says what is wrong in one line, shows defaults, and knows the checks that examples have in common."""
+
+    def __init__(self, **options: Any) -> None:
+        running = getattr(sys.modules["__main__"], "__spec__", None)
+        command = f"python -m {running.name}" if running is not None and running.name.startswith("examples.") else None
+        super().__init__(prog=command, **options)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        default = options.get("default")
+        if default is not None and "help" in options and "default" not in options["help"]:
+            options["help"] += " (default: %(default)s)"
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         raise SystemExit(f"error: {message}")

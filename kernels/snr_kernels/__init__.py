@@ -19,10 +19,12 @@ from snr_kernels.norm_embedding_grad_norms import (
     normalization_grad_norms,
     normalization_grad_norms_reference,
 )
+from snr_kernels.segments import Segments
 
 __all__ = [
     "HeadGradNorms",
     "LogprobStats",
+    "Segments",
     "embedding_grad_norms",
     "embedding_grad_norms_reference",
     "head_grad_norms",

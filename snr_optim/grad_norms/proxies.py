@@ -18,7 +18,7 @@ def logit_grad_norms(
         w_t = \|e_{y_t} - p_t\|^2 = (1 - p_{y_t})^2 + \sum_{v \neq y_t} p_{t,v}^2
 
     Summed over a sequence it is the sequence form of the weight in Optimal Token Baseline
-    (arXiv 2602.07078), computed without its cancellation (see :func:`~snr_kernels.logprob_stats.logprob_stats`).
+    (arXiv 2602.07078), computed without its cancellation (see :func:`~snr_kernels.logprob_stats`).
 
     Args:
         logits: ``[..., V]``, aligned with ``labels``: ``logits[..., t, :]`` predict ``labels[..., t]``.
@@ -31,7 +31,7 @@ def logit_grad_norms(
         ``[...]`` float32 (float64 for float64 logits), in ``[0, 2]``, without gradient.
 
     Raises:
-        TypeError, ValueError: what :func:`~snr_kernels.logprob_stats.logprob_stats` raises; a mask of another shape.
+        TypeError, ValueError: what :func:`~snr_kernels.logprob_stats` raises; a mask of another shape.
 
     Example:
         >>> logits = torch.tensor([[[0.0, 0.0], [0.0, 30.0]]])

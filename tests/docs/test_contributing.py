@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
+import snr_kernels
 import snr_optim
 
 PAGES = ("CONTRIBUTING.md", "RELEASING.md")
@@ -128,6 +129,22 @@ def test_the_ops_import_nothing_of_the_library():
     known = modules()
     ops = {name: file for name, file in known.items() if name.startswith("snr_kernels")}
     assert all(imports(file, known) <= ops.keys() for file in ops.values())
+
+
+# ------------------------------------------------------------------------------------------------------------------ ops
+def test_no_step_of_adding_an_op_is_left_out():
+    folders = {path.parent.name for path in (ROOT / "kernels/snr_kernels").glob("*/__init__.py")}
+    with_kernels = {path.parent.name for path in (ROOT / "kernels/snr_kernels").glob("*/_triton.py")}
+    for folder in with_kernels:
+        assert f"snr_kernels.{folder} import _triton" in read("tests/helpers/crosscompile.py"), folder
+        assert f"test_{folder}.py" in read("tests/kernels/test_interpreter.py"), folder
+    tests = {path.stem for path in (ROOT / "tests/kernels").glob("test_*.py")}
+    assert all(f"test_{folder}" in tests for folder in folders - {"lm_head"})
+    ops = {name for name in snr_kernels.__all__ if name[0].islower() and not name.endswith("_reference")}
+    for op in ops:
+        assert op in read("README.md"), f"{op}: a row under 'What is in the box'"
+        assert f"{op}_reference" in snr_kernels.__all__, op
+    assert {"logprob_stats", "linear_logprob_stats", "linear_grad_norms"} <= ops
 
 
 # ------------------------------------------------------------------------------------------------------- CI, pre-commit

@@ -33,7 +33,12 @@ TARGETS = {
 }
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DATA = {"logits", "gradient", "activations", "gradient_0", "gradient_1", "gradient_2", "inputs", "gradients"}
+# Pointers by their names: in the dtype of the configuration, to int64, and to what is float32 whatever the inputs are.
 INTEGERS = {"labels", "cu_seqlens", "cu_programs", "sequences", "order", "first", "last"}
+FLOAT32 = {
+    "complement", "entropy", "grad_entropy", "grad_log_prob", "grad_norm", "grad_norm_squared", "grad_sum_p_squared",
+    "log2_total", "log_prob", "partial", "reference_of_row", "squares", "sum_p_squared", "sums", "temperature",
+}  # fmt: skip
 
 
 def compile_for(target, configuration, **options):
@@ -48,7 +53,13 @@ def compile_for(target, configuration, **options):
             signature[parameter.name] = parameter.annotation_type
         else:  # a pointer; allocations are aligned, views of them may not be
             name = parameter.name
-            signature[name] = "*" + ("i64" if name in INTEGERS else TYPES[dtype] if name in DATA else "fp32")
+            known = {
+                **dict.fromkeys(FLOAT32, "fp32"),
+                **dict.fromkeys(INTEGERS, "i64"),
+                **dict.fromkeys(DATA, TYPES[dtype]),
+            }
+            assert name in known, f"{name}: name this pointer in DATA, INTEGERS or FLOAT32; annotate what is a number"
+            signature[name] = "*" + known[name]
             if name != "logits" or constants.get("ALIGNED", False):
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
