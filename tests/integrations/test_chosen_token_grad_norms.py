@@ -53,7 +53,7 @@ def test_tokens_outside_of_the_mask_and_positive_log_probs_weigh_nothing():
 def test_what_is_no_log_prob_is_refused_by_name():
     with pytest.raises(TypeError, match=r"log_probs: expected a floating-point tensor, got torch\.int64"):
         chosen_token_grad_norms(torch.tensor([1]))
-    with pytest.raises(TypeError, match="log_probs: .* got list"):
+    with pytest.raises(TypeError, match=r"log_probs: .* got list"):
         chosen_token_grad_norms([0.5])
     with pytest.raises(ValueError, match=r"mask: expected the shape of log_probs, \[2\], got \[1\]"):
         chosen_token_grad_norms(torch.zeros(2), torch.zeros(1))
