@@ -172,7 +172,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(tmp_path):
     with pytest.warns(UserWarning, match="scale_rewards='group' divides"):
         trained(GRPO, tmp_path, scale_rewards="group", max_steps=1)
     for kind in (SNRCallback, type("Mine", (SNRCallback,), {})):
-        with pytest.warns(UserWarning, match="size=2 is no multiple of num_generations=4"):
+        with pytest.warns(UserWarning, match="size=2 is not a multiple of num_generations=4"):
             trained(GRPO, tmp_path, callbacks=[kind()], per_device_train_batch_size=2, max_steps=1)
     with pytest.raises(ValueError, match="without process_group"):
         trained(GRPO, tmp_path, baseline=GradWeightedBaseline(process_group=object()))

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from snr_optim.integrations.verl.estimators import ESTIMATORS, check_estimator
+from snr_optim.integrations.verl.estimators import ESTIMATORS, configured_baseline
 from snr_optim.integrations.verl.settings import ACTOR, check_required, check_unbiased, has_our_optimizer
-from snr_optim.integrations.verl.trainers import ours
+from snr_optim.integrations.verl.trainers import own_estimator
 
 TESTED = "0.9.1"
 
@@ -118,13 +118,13 @@ def _unknown_names(config: Any) -> list[str]:
     from verl.workers.config.optimizer import build_optimizer
 
     problems = []
-    name, known = ours(config), importlib.import_module("verl.trainer.ppo.core_algos").ADV_ESTIMATOR_REGISTRY
+    name, known = own_estimator(config), importlib.import_module("verl.trainer.ppo.core_algos").ADV_ESTIMATOR_REGISTRY
     chosen = config.algorithm.adv_estimator
     if chosen not in known:
         problems.append(f"algorithm.adv_estimator={chosen} is unknown to verl: set one of {', '.join(known)}")
     try:
         if name is not None:
-            check_estimator(name, config.algorithm)
+            configured_baseline(name, config.algorithm)
     except ValueError as error:
         problems.append(str(error))
     for role in (ACTOR, "critic"):
