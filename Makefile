@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test programs capabilities lint bench peers trainers gpu clean
 
 demo: .venv/ready            ## four methods, three seeds, on two cores: table, summary.json, curves.png
-	$(BIN)/python examples/qwen3_arithmetic.py --method all --seeds 0 1 2 --jobs 2 --out runs/demo
+	$(BIN)/python -m examples.qwen3_arithmetic --method all --seeds 0 1 2 --jobs 2 --out runs/demo
 
 test: .venv/ready            ## everything, in random order, doctests included, on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal

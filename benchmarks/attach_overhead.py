@@ -32,6 +32,7 @@ from benchmarks.harness import (
 )
 from snr_optim import SNRAdaptiveLR
 from snr_optim.noise import AccumulationSource
+from snr_optim.noise.tracking import BatchTracker
 
 
 class Case(NamedTuple):
@@ -78,16 +79,16 @@ class Clock:
         self.seconds = 0.0
 
     def __enter__(self) -> Clock:
-        self._originals = {
-            name: getattr(AccumulationSource, name) for name in ("_on_gradient", "_on_end", "parameter_group_moments")
-        }
-        for name, original in self._originals.items():
-            setattr(AccumulationSource, name, self._timed(original))
+        timed: list[tuple[type, str]] = [(BatchTracker, "on_gradient"), (BatchTracker, "_on_end")]
+        timed.append((AccumulationSource, "parameter_group_moments"))
+        self._originals = [(owner, name, getattr(owner, name)) for owner, name in timed]
+        for owner, name, original in self._originals:
+            setattr(owner, name, self._timed(original))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for name, original in self._originals.items():
-            setattr(AccumulationSource, name, original)
+        for owner, name, original in self._originals:
+            setattr(owner, name, original)
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:

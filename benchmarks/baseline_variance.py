@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import environment, print_table, progress, write_json
+from benchmarks.harness import environment, print_table, progress, pyplot, tidy, write_json
 from benchmarks.policy_stages import KINDS, VISITS, Stage, build_all, load
 from snr_optim import GradWeightedBaseline
 
@@ -341,11 +341,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def draw_picture(rows: list[dict[str, Any]], path: Path, group: int, prompts: int) -> None:
     """Variance against pass rate: what the oracle could do, and who gets near it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     shown = {
         "RLOO": ("#8d99ae", "o"), "James-Stein": ("#b08968", "v"), "the paper": ("#c28e0e", "s"),
         "OTB": ("#8a5cd6", "^"), "snr-optim": ("#0b6fb8", "D"), "oracle": ("black", ""),
@@ -362,8 +358,7 @@ def draw_picture(rows: list[dict[str, Any]], path: Path, group: int, prompts: in
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         axes.set(yscale="log", xlabel="pass rate of the policy", title=f"{task}: {prompts} prompts x {group} outputs")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.25, which="both")
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes, which="both")
     np.atleast_1d(all_axes)[0].set_ylabel("gradient variance / the oracle's")
     np.atleast_1d(all_axes)[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)

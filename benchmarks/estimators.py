@@ -12,9 +12,7 @@ an isotropic covariance of `d` dimensions, V = 1 and S = rho V; over the steps r
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from benchmarks.harness import environment, print_table, progress
+from benchmarks.harness import environment, print_table, progress, pyplot, write_json
 from snr_optim.noise.averages import MomentAverages
 from snr_optim.noise.moments import GradientMoments
 
@@ -313,18 +311,12 @@ def main() -> None:
             for d in DIMENSIONS:
                 cells += [row for rho in RHOS for row in measure(scenario, d, rho, args)]
                 done(f"{scenario}, d_eff {d}")
-    result = {
-        "benchmark": "estimators",
-        "command": ("python -m benchmarks.estimators " + " ".join(sys.argv[1:])).strip(),
-        "environment": where | {"numpy": np.__version__},
-        "steps": args.steps, "replicates": args.replicates, "seed": args.seed, "sub_batches": M,
-        "seconds": time.perf_counter() - start,
-        "checks": checks,
-        "summary": summarise(cells),
-        "cells": cells,
-    }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "estimators.json").write_text(json.dumps(result, indent=1) + "\n")
+    summary, seconds = summarise(cells), time.perf_counter() - start
+    write_json(
+        args.out / "estimators.json", "estimators", where | {"numpy": np.__version__}, steps=args.steps,
+        replicates=args.replicates, seed=args.seed, sub_batches=M, seconds=seconds, checks=checks, summary=summary,
+        cells=cells,
+    )  # fmt: skip
     draw_picture(cells, args.out / "estimators.png")
     columns = ["estimator", *(f"{rho:g}" for rho in RHOS)]
     for scenario in SCENARIOS:
@@ -334,8 +326,8 @@ def main() -> None:
     print("\nregret against rho, geometric mean of all scenarios and d_eff")
     print_table(per_rho(cells), columns)
     print("\ngeometric mean of the regret; cells in which it is not above the best peer's by more than 0.001")
-    print_table(result["summary"], list(result["summary"][0]))
-    print(f"\nchecks: {checks}; {result['seconds']:.0f} s")
+    print_table(summary, list(summary[0]))
+    print(f"\nchecks: {checks}; {seconds:.0f} s")
 
 
 SHOWN = {
@@ -352,11 +344,7 @@ SHOWN = {
 
 def draw_picture(cells: list[dict[str, Any]], path: Path) -> None:
     """Regret against rho, a panel per dimension and scenario."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(
         len(SCENARIOS), len(DIMENSIONS), figsize=(12, 10), layout="constrained", sharex=True, sharey="row"
     )

@@ -49,6 +49,7 @@ from benchmarks.harness import (
 LIMIT = 570  # seconds of one command: it and its end stay within ten minutes
 GRACE = 10.0  # seconds to write what there is, after the first signal
 TAIL = 20_000  # characters of output that the summary keeps; a tenth of it where the command passed
+FEW_STEPS = ("--steps", "2", "--warm-start-steps", "1", "--prompts", "4", "--group-size", "2")  # of an example
 COLUMNS = ["command", "status", "seconds", "rows", "why"]
 PACKAGES = {  # how it is imported, and what is not done without it
     "triton": "kernels",
@@ -106,20 +107,18 @@ def commands(device: torch.device, small: bool, out: Path, work: Path) -> list[C
         return Command(name, ("-m", f"benchmarks.{module or name}", *options), (*needs, *kernels), budget, writes=True)
 
     def trained(parallel: str) -> Command:
-        steps = ["--steps", "2", "--warm-start-steps", "1", "--prompts", "4", "--group-size", "2"]
         words = [
             "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "1",
-            "examples/ddp_fsdp.py", "--parallel", parallel, "--device", device.type, "--out", str(work / parallel),
-            *(steps if small else ["--steps", "20"]),
+            "-m", "examples.ddp_fsdp", "--parallel", parallel, "--device", device.type, "--out", str(work / parallel),
+            *(FEW_STEPS if small else ("--steps", "20")),
         ]  # fmt: skip
         return Command(parallel, tuple(words), ("transformers", "tokenizers", *kernels), 90)
 
     def example() -> Command:
-        steps = ["--steps", "2", "--warm-start-steps", "1", "--prompts", "4", "--group-size", "2"]
-        steps += ["--micro-batches", "2"]
-        words = ["examples/qwen3_arithmetic.py", "--device", device.type, "--out", str(work / "qwen3_arithmetic")]
+        steps = (*FEW_STEPS, "--micro-batches", "2") if small else ("--steps", "50")
+        out = ("--device", device.type, "--out", str(work / "qwen3_arithmetic"))
         needs = ("transformers", "tokenizers", "rich", "matplotlib", "numpy", *kernels)
-        return Command("qwen3_arithmetic", (*words, *(steps if small else ["--steps", "50"])), needs, 90)
+        return Command("qwen3_arithmetic", ("-m", "examples.qwen3_arithmetic", *out, *steps), needs, 90)
 
     return [
         tests("test_device", 180, "transformers", few="baseline"),

@@ -387,6 +387,22 @@ def _finite(row: Row) -> Row:
     return {k: str(x) if isinstance(x, float) and not math.isfinite(x) else x for k, x in row.items()}
 
 
+def pyplot() -> Any:
+    """Matplotlib's, for pictures in files; imported where one is drawn, as all else does without it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def tidy(axes: Any, **which: Any) -> None:
+    """A faint grid, and no frame at the top and on the right."""
+    axes.grid(alpha=0.25, **which)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def draw_roofline(path: Path, title: str, limits: Limits, points: dict[str, tuple[Cost, float]]) -> None:
     """FLOP/s reached against FLOP per byte that must be moved, under the two limits.
 
@@ -396,9 +412,9 @@ def draw_roofline(path: Path, title: str, limits: Limits, points: dict[str, tupl
         limits: the roof.
         points: by label, what had to be done and the seconds it took.
     """
-    import matplotlib.pyplot as plt
     import numpy as np
 
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     ridge = limits.matmul / limits.bandwidth
     intensities = np.geomspace(0.1, 10 * ridge, 200)

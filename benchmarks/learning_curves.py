@@ -11,10 +11,7 @@ curves are of other seeds. All runs see the same problems. "paper" and "snr-opti
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,25 +21,22 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.harness import ROOT, environment, print_table, write_json
-from benchmarks.lr_range import GROUP, LAST, PROMPTS, WARM_UP, prepare, run_missing, train_on_demo_task
-from snr_optim import GradWeightedBaseline, SNRAdaptiveLR
-
-sys.path.insert(0, str(ROOT / "examples"))
-from policy import Rollout, baseline_weights, tiny_qwen3
-from qwen3_arithmetic import GroupNormalised, NoBaseline
+from benchmarks.demo_task import GROUP, LAST, PROMPTS, WARM_UP, logged_runs, prepare, run_missing, train_on_demo_task
+from benchmarks.harness import environment, print_table, pyplot, tidy, write_json
+from examples.common.policy import Rollout, logit_weights, tiny_qwen3
+from examples.qwen3_arithmetic import METHODS
+from snr_optim import SNRAdaptiveLR
 
 LRS = {"constant": [1e-4, 2e-4, 4e-4], "snr": [1e-3, 2e-3, 4e-3]}
 TUNING_SEEDS = [100, 101]
-BASELINES: dict[str, Callable[[], Any]] = {
-    "none": NoBaseline,
-    "grpo": GroupNormalised,
-    "rloo": lambda: GradWeightedBaseline("group"),
-    "paper": lambda: GradWeightedBaseline("group"),
-    "snr-optim": GradWeightedBaseline,
+BASELINES = {  # those of the demo; "paper" and "snr-optim" are given logit gradient norms: what any model can afford
+    "none": METHODS["reinforce"],
+    "grpo": METHODS["grpo"],
+    "rloo": METHODS["rloo"],
+    "paper": replace(METHODS["rloo"], colour="#c28e0e", weighted=True),
+    "snr-optim": METHODS["oblr-po"],
 }
-WEIGHTED = ("paper", "snr-optim")  # by logit gradient norms: what a model of any size can afford
-COLOURS = {"none": "#8d99ae", "grpo": "#1d3557", "rloo": "#2a9d8f", "paper": "#c28e0e", "snr-optim": "#c1121f"}
+SCOPE = "shrink"  # of the baseline of "snr-optim"
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,8 @@ def train(setting: Setting, weights_file: Path) -> list[float]:
     if setting.schedule == "snr":
         scheduler = SNRAdaptiveLR(optimizer, schedule=warm_up)
         scheduler.attach(model)
-    baseline = BASELINES[setting.baseline]()
+    method = BASELINES[setting.baseline]
+    baseline = method.baseline(SCOPE)
     learning = {"update": True} if setting.baseline == "snr-optim" else {}
 
     def step() -> None:
@@ -75,7 +70,7 @@ def train(setting: Setting, weights_file: Path) -> list[float]:
         optimizer.zero_grad()
 
     def advantages(rewards: Tensor, rollout: Rollout) -> Tensor:
-        weights = baseline_weights("logit" if setting.baseline in WEIGHTED else "none", model, rollout)
+        weights = logit_weights(model, rollout) if method.weighted else None
         found: Tensor = baseline.advantages(rewards, weights, groups=GROUP, **learning)
         return found
 
@@ -128,27 +123,23 @@ def summary(rows: list[dict[str, Any]], chosen: dict[tuple[str, str], float], se
 
 
 def draw(rows: list[dict[str, Any]], chosen: dict[tuple[str, str], float], seeds: list[int], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for axis, schedule in zip(axes, LRS, strict=True):
         for (baseline, of_schedule), lr in chosen.items():
             if of_schedule != schedule:
                 continue
+            colour = BASELINES[baseline].colour
             runs = [row["rewards"] for row in rows if row["seed"] in seeds
                     and (row["baseline"], row["schedule"], row["lr"]) == (baseline, schedule, lr)]  # fmt: skip
             curves = np.array(runs)
             smooth = np.stack([np.convolve(curve, np.ones(LAST) / LAST, "valid") for curve in curves])
             samples = (np.arange(smooth.shape[1]) + LAST) * PROMPTS * GROUP
             low, high = np.array([interval(smooth[:, k]) for k in range(smooth.shape[1])]).T
-            axis.plot(samples, smooth.mean(0), color=COLOURS[baseline], label=f"{baseline}, lr {lr:g}", lw=1.8)
-            axis.fill_between(samples, low, high, color=COLOURS[baseline], alpha=0.12, lw=0)
+            axis.plot(samples, smooth.mean(0), color=colour, label=f"{baseline}, lr {lr:g}", lw=1.8)
+            axis.fill_between(samples, low, high, color=colour, alpha=0.12, lw=0)
         axis.set(xlabel="sampled outputs", title=f"lr: {schedule}")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
         axis.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel(f"reward, mean of {LAST} steps")
     figure.suptitle(f"Mean over {len(seeds)} seeds with 95 % bootstrap intervals", fontsize=10)
@@ -171,8 +162,7 @@ def main() -> None:
     origin = environment(torch.device("cpu"))
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "runs.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if args.resume and log.exists() else []
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = logged_runs(log, args.resume)
     starts = prepare(args.out, [*TUNING_SEEDS, *args.seeds])
     pairs = [(baseline, schedule) for baseline in args.baselines for schedule in args.schedules]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import ROOT, commit
-
-EXAMPLE = ROOT / "examples" / "qwen3_arithmetic.py"
-METHODS = ("oblr-po", "grpo", "rloo", "reinforce")
+from benchmarks.harness import environment, pyplot, tidy, write_json
+from examples.qwen3_arithmetic import METHODS
 
 
 def main() -> None:
@@ -32,28 +29,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/lr_ceilings"))
     args = parser.parse_args()
+    origin = environment(torch.device("cpu")) | {"machine": f"{args.jobs} processes of one thread"}
     rows = {lr: run(lr, args) for lr in args.lrs}
-    result = {
-        "command": "python -m benchmarks.lr_ceilings " + " ".join(sys.argv[1:]),
-        "environment": {
-            "commit": commit(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {args.jobs} processes of one thread",
-        },
-        "steps": args.steps,
-        "seeds": args.seeds,
-        "final_reward": {
-            method: {
-                f"{lr:g}": [row[method]["final_reward"], row[method]["final_reward_std"]] for lr, row in rows.items()
-            }
-            for method in METHODS
-        },
+    final = {
+        method: {f"{lr:g}": [row[method]["final_reward"], row[method]["final_reward_std"]] for lr, row in rows.items()}
+        for method in METHODS
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "lr_ceilings.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(result, args.out / "lr_ceilings.png")
-    for method, rewards in result["final_reward"].items():
+    path = args.out / "lr_ceilings.json"
+    write_json(path, "lr_ceilings", origin, steps=args.steps, seeds=str(args.seeds), final_reward=final)
+    draw(final, f"{args.steps} steps, mean ± std over seeds {args.seeds}", args.out / "lr_ceilings.png")
+    for method, rewards in final.items():
         print(f"{method:10}", "  ".join(f"{lr}: {mean:.3f}±{std:.3f}" for lr, (mean, std) in rewards.items()))
 
 
@@ -69,30 +54,25 @@ def run(lr: float, args: argparse.Namespace) -> dict[str, Any]:
         "--out": [out],
     }
     words = [str(word) for name, values in options.items() for word in (name, *values)]
-    subprocess.run([sys.executable, str(EXAMPLE), *words], check=True)
+    # Rewards are all that is read here, so that the noise of constant rates need not be measured.
+    subprocess.run([sys.executable, "-m", "examples.qwen3_arithmetic", *words, "--no-measure"], check=True)
     methods: dict[str, Any] = json.loads((out / "summary.json").read_text())["methods"]
     return methods
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    sys.path.insert(0, str(EXAMPLE.parent))
-    from report import COLOURS, LABELS
-
+def draw(final: dict[str, dict[str, list[float]]], title: str, path: Path) -> None:
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for method, rewards in result["final_reward"].items():
+    for method, rewards in final.items():
         lrs = [float(lr) for lr in rewards]
         mean, std = zip(*rewards.values(), strict=True)
-        axis.errorbar(lrs, mean, std, color=COLOURS[method], label=LABELS[method], marker="o", capsize=3, lw=1.8)
+        axis.errorbar(
+            lrs, mean, std, color=METHODS[method].colour, label=METHODS[method].label, marker="o", capsize=3, lw=1.8
+        )
     axis.set(xscale="log", xlabel="constant learning rate, or ceiling of OBLR-PO", ylabel="final reward")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    tidy(axis)
     axis.legend(frameon=False)
-    axis.set_title(f"{result['steps']} steps, mean ± std over seeds {result['seeds']}", fontsize=10)
+    axis.set_title(title, fontsize=10)
     figure.savefig(path, dpi=130)
 
 

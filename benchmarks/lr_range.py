@@ -12,11 +12,7 @@ arXiv 2007.05105, with fairscale's averages), or S / (S + V) by ``SNRAdaptiveLR`
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import multiprocessing
-import sys
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,21 +23,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.harness import ROOT, environment, print_table, progress
+from benchmarks.demo_task import GROUP, LAST, WARM_UP, logged_runs, prepare, run_missing, train_on_demo_task
+from benchmarks.harness import environment, print_table, pyplot, tidy, write_json
+from examples.common.policy import Rollout, tiny_qwen3
+from examples.qwen3_arithmetic import OPTIMIZERS
 from snr_optim import AccumulationSource, GradientMoments, GradWeightedBaseline, SNRAdaptiveLR
 
-sys.path.insert(0, str(ROOT / "examples"))
-from arithmetic import is_correct, problems
-from policy import Rollout, sample, sequence_log_probs, tiny_qwen3, warm_start
-
-PROMPTS, GROUP, MICRO_BATCHES, WARM_UP, LAST = 32, 8, 8, 20, 20
 CEILINGS = {
     "adamw": [5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 1e-2],
     "sgd": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0],
-}
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr, weight_decay=0.0),
-    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr),
 }
 SCHEDULES = ("constant", "cosine", "adascale", "snr")
 
@@ -113,57 +103,10 @@ def train(setting: Setting, weights: Path) -> list[float]:
     return train_on_demo_task(model, tokenizer, setting.seed, setting.steps, advantages, step)
 
 
-def train_on_demo_task(
-    model: Any, tokenizer: Any, seed: int, steps: int,
-    advantages_of: Callable[[Tensor, Rollout], Tensor], step: Callable[[], None],
-) -> list[float]:  # fmt: skip
-    """The demo's loop: sample, verify, go backward in micro-batches, ``step()``. The mean reward of every step."""
-    torch.manual_seed(seed)
-    rewards = []
-    for number in range(steps):
-        batch = problems(PROMPTS, seed, number)
-        rollout, texts = sample(model, tokenizer, batch, GROUP, max_new_tokens=7)
-        reward = torch.tensor([is_correct(text, batch[i // GROUP]) for i, text in enumerate(texts)]).float()
-        advantages = advantages_of(reward, rollout)
-        size = PROMPTS // MICRO_BATCHES * GROUP
-        for start in range(0, len(reward), size):
-            micro = {name: tensor[start : start + size] for name, tensor in rollout.items()}
-            log_probs = sequence_log_probs(model, micro)
-            (-(advantages[start : start + size] * log_probs).sum() / len(reward)).backward()
-        step()
-        rewards.append(reward.mean().item())
-    return rewards
-
-
 def run(job: tuple[Setting, Path]) -> dict[str, Any]:
     setting, weights = job
     rewards = train(setting, weights)
     return asdict(setting) | {"final": mean(rewards[-LAST:]), "mean": mean(rewards)}
-
-
-def run_missing(
-    function: Callable[[Any], dict[str, Any]], jobs: list[Any], rows: list[dict[str, Any]], log: Path, processes: int,
-    label: Callable[[dict[str, Any]], str],
-) -> None:  # fmt: skip
-    """Run every job in a process of its own; what comes out is added to the rows, and to the log at once."""
-    context = multiprocessing.get_context("spawn")
-    with progress(len(jobs)) as report, context.Pool(processes, torch.set_num_threads, (1,)) as pool:
-        for row in pool.imap_unordered(function, jobs):
-            rows.append(row)
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            report(f"{label(row)} seed {row['seed']}: {row['final']:.3f}")
-
-
-def prepare(folder: Path, seeds: Iterable[int]) -> dict[int, Path]:
-    """The supervised start of every seed."""
-    files = {seed: folder / f"start-{seed}.pt" for seed in seeds}
-    for seed, file in files.items():
-        if not file.exists():
-            model, tokenizer = tiny_qwen3(seed)
-            warm_start(model, tokenizer, 500, seed, lambda row: None)
-            torch.save(model.state_dict(), file)
-    return files
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -195,11 +138,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(result: list[dict[str, Any]], title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     colours = {"constant": "#777777", "cosine": "#c28e0e", "adascale": "#8a5cd6", "snr": "#0b6fb8"}
     optimizers = sorted({row["optimizer"] for row in result})
     figure, all_axes = plt.subplots(1, len(optimizers), figsize=(5.2 * len(optimizers), 3.8), layout="constrained")
@@ -213,8 +152,7 @@ def draw(result: list[dict[str, Any]], title: str, path: Path) -> None:
                     ceilings, means, bars, color=colour, label=row["schedule"], marker="o", ms=4, capsize=2, lw=width
                 )
         axes.set(xscale="log", xlabel="learning rate: constant, or ceiling", ylabel="final reward", title=optimizer)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         axes.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
@@ -235,8 +173,7 @@ def main() -> None:
     origin = environment(torch.device("cpu"))
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "runs.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if args.resume and log.exists() else []
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = logged_runs(log, args.resume)
     settings = [
         Setting(optimizer, schedule, ceiling, seed, args.steps)
         for seed in args.seeds
@@ -250,10 +187,8 @@ def main() -> None:
     jobs = [(setting, starts[setting.seed]) for setting in missing]
     run_missing(run, jobs, rows, log, args.jobs, lambda row: f"{row['optimizer']} {row['schedule']} {row['ceiling']:g}")
     result = summary(rows)
-    command = "python -m benchmarks.lr_range " + " ".join(sys.argv[1:])
-    whole = {"benchmark": "lr_range", "command": command.strip(), "environment": origin, "steps": args.steps}
-    text = json.dumps(whole | {"seeds": args.seeds, "summary": result, "runs": rows}, indent=1)
-    (args.out / "lr_range.json").write_text(text + "\n")
+    path = args.out / "lr_range.json"
+    write_json(path, "lr_range", origin, steps=args.steps, seeds=str(args.seeds), summary=result, runs=rows)
     draw(result, f"{args.steps} steps, mean ± standard error over seeds {args.seeds}", args.out / "lr_range.png")
     print_table(result, ("optimizer", "schedule", "best", "best_ceiling", "within_10_percent", "highest_at_80_percent"))
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import random
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,12 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import ROOT, progress
+from benchmarks.harness import progress
+from examples.common.arithmetic import Problem
+from examples.common.policy import Rollout, completion_logits, sample, sequence_log_probs, tiny_qwen3
 from snr_optim import GradWeightedBaseline, logit_grad_norms, per_sample_grad_norms_func
-
-sys.path.insert(0, str(ROOT / "examples"))
-from arithmetic import Problem
-from policy import Rollout, completion_logits, sample, sequence_log_probs, tiny_qwen3
 
 # Kinds of problems: an operator with the digits of both operands, or a chain of so many one-digit numbers whose answer
 # is its running sums, so that outputs differ in length.

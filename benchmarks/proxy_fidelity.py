@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import operator
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,17 +27,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import policy_stages
-from benchmarks.harness import ROOT, Row, environment, print_table, progress, write_json
-from snr_kernels.linear_grad_norms import linear_grad_norms
-from snr_kernels.logprob_stats import logprob_stats
-from snr_optim import PerSampleGradNorms, logit_grad_norms
-
-sys.path.insert(0, str(ROOT / "examples"))
-from arithmetic import Problem, character_tokenizer
-from policy import Policy, Rollout, completion_logits, sample, tiny_qwen3
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from benchmarks.harness import Row, environment, print_table, progress, pyplot, tidy, write_json
+from examples.common.arithmetic import Problem, character_tokenizer
+from examples.common.policy import Policy, Rollout, completion_logits, sample, tiny_qwen3
+from snr_optim import PerSampleGradNorms, linear_grad_norms, logit_grad_norms, logprob_stats
 
 Array = NDArray[np.float64]
 
@@ -449,11 +444,7 @@ def training_step(
 # ------------------------------------------------------------------------------------------------------------ report
 def draw(rows: list[Row], spent: list[Row], path: Path) -> None:
     """Against the stage: rank correlation over all outputs and within prompts, and what the weights are worth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     shown = {
         "length": ("#8d99ae", "o"), "sum w h^2": ("#c28e0e", "s"), "sum w": ("#8a5cd6", "^"), "head": ("#c8553d", "v"),
         "RMSNorm only": ("#4a9c6d", "P"), "sketch 30%": ("#8ec1e8", "D"), "sketch 10%": ("#0b6fb8", "D"),
@@ -481,8 +472,7 @@ def draw(rows: list[Row], spent: list[Row], path: Path) -> None:
                     axes.fill_between(x, *bounds.T, color=colour, alpha=0.1, lw=0)
             axes.set_xticks(range(len(stages)), [f"{steps}\n{rate:.2f}" for steps, rate in stages.items()])
             axes.set_xlim(-0.2, len(stages) - 0.8)
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
+            tidy(axes)
         grid[0, column].set_title(f"{policy}: {of_policy[0]['outputs']} outputs a stage")
         grid[-1, column].set_xlabel("supervised steps, pass rate")
     for axes, (what, title) in zip(grid[:, 0], panels.items(), strict=True):

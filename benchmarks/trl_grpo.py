@@ -3,7 +3,7 @@
     python -m benchmarks.trl_grpo                              # 20 minutes on two cores
     python -m benchmarks.trl_grpo --only time --shapes tiny    # a minute
 
-Learning: ``examples/trl_grpo.py``'s arithmetic, where both methods start from the same weights and see the same
+Learning: ``examples.trl_grpo``'s arithmetic, where both methods start from the same weights and see the same
 problems in the same order; several constant rates for GRPO, several ceilings for OBLR-PO, AdamW, 20 steps of warm-up.
 
 Time: TRL alone, with ``SNRCallback``, and with that and ``OBLRTrainerMixin``, in turns of a few steps, in one process
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 import warnings
@@ -31,16 +30,14 @@ import torch
 from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.harness import ROOT, environment, print_table, progress, version, write_json
-from benchmarks.lr_range import LAST, prepare, run_missing
+from benchmarks.demo_task import LAST, prepare, run_missing
+from benchmarks.harness import environment, print_table, progress, version, write_json
+from examples.trl_grpo import arithmetic_task, make_trainer, parse_arguments
 from snr_optim import AccumulationSource
 from snr_optim.attachment import Attachment
 from snr_optim.integrations._ceiling import ScaledSteps
 from snr_optim.integrations.transformers import SNRCallback
 from snr_optim.integrations.trl import OBLRTrainerMixin
-
-sys.path.insert(0, str(ROOT / "examples"))
-from trl_grpo import arithmetic_task, make_trainer, parse_arguments
 
 LRS = {"grpo": [1e-4, 2e-4, 5e-4, 2e-3], "oblr-po": [5e-4, 1e-3, 2e-3, 4e-3]}
 

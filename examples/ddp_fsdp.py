@@ -1,8 +1,8 @@
 """Reinforcement learning on arithmetic by several processes: OBLR-PO under DDP or `fully_shard` (FSDP2).
 
-    torchrun --nproc-per-node 2 examples/ddp_fsdp.py --parallel ddp     # or fsdp; gloo on CPUs, nccl on GPUs
-    torchrun --nproc-per-node 2 examples/ddp_fsdp.py --parallel fsdp --resume   # go on where Ctrl-C stopped it
-    python examples/ddp_fsdp.py                                         # one process
+    torchrun --nproc-per-node 2 -m examples.ddp_fsdp --parallel ddp     # or fsdp; gloo on CPUs, nccl on GPUs
+    torchrun --nproc-per-node 2 -m examples.ddp_fsdp --parallel fsdp --resume   # go on where Ctrl-C stopped it
+    python -m examples.ddp_fsdp                                         # one process
 
 ``train`` is the loop to copy. Every rank samples prompts of its own, whole groups of outputs. The baseline looks at the
 outputs of all ranks, and every rank's every backward pass is a sub-batch of the noise estimate, so that all ranks get
@@ -12,7 +12,6 @@ the same learning rate.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import random
 import sys
@@ -23,15 +22,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from arithmetic import is_correct, problems
-from options import Parser
-from policy import Policy, baseline_weights, local_model, sample, sequence_log_probs, tiny_qwen3, warm_start
-from runs import Row, expect_same_settings, interruptible, read_metrics, save_atomically, stop_requested, to_json
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from examples.common.arithmetic import is_correct, problems
+from examples.common.options import Parser
+from examples.common.policy import (
+    Policy,
+    local_model,
+    logit_weights,
+    sample,
+    sequence_log_probs,
+    tiny_qwen3,
+    warm_start,
+)
+from examples.common.runs import (
+    Row,
+    expect_same_settings,
+    interruptible,
+    read_metrics,
+    save_atomically,
+    stop_requested,
+    to_json,
+)
 from snr_optim import GradWeightedBaseline, SNRAdaptiveLR
 
 CHECKPOINT = "checkpoint.pt"  # in the folder of a run
@@ -71,7 +86,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         rewards = torch.tensor([is_correct(text, batch[i // args.group_size]) for i, text in enumerate(texts)]).float()
         rewards = rewards.to(device)
 
-        weights = baseline_weights("logit", policy, rollout)
+        # A forward pass of their own: advantages need the weights of all micro-batches, whose graphs would otherwise
+        # have to be kept until then.
+        weights = logit_weights(policy, rollout)
         # Whole groups are on one rank, so their size is enough; groups that are split need ids.
         advantages = baseline.advantages(rewards, weights, groups=args.group_size, update=True)
 
@@ -220,10 +237,9 @@ def parse_arguments(argv: list[str] | None = None, processes: int = 1) -> argpar
     add("--resume", action="store_true", help="go on with the run in --out, bit for bit")
     args = parser.parse_args(argv)
 
-    for name, least in {"steps": 1, "prompts": 2, "group_size": 2, "micro_batches": 1, "max_new_tokens": 1,
-                        "warm_start_steps": 1, "every": 1}.items():  # fmt: skip
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(args, name)}")
+    parser.expect_at_least(
+        args, steps=1, prompts=2, group_size=2, micro_batches=1, max_new_tokens=1, warm_start_steps=1, every=1
+    )
     if processes * args.micro_batches < 2:
         parser.error("--micro-batches: expected at least 2 in one process, where one says nothing about noise")
     if args.prompts % (processes * args.micro_batches):
@@ -231,12 +247,9 @@ def parse_arguments(argv: list[str] | None = None, processes: int = 1) -> argpar
             f"--prompts: expected a multiple of {processes} processes x {args.micro_batches} micro-batches, "
             f"got {args.prompts}"
         )
-    if not 0 < args.lr < math.inf:
-        parser.error(f"--lr: expected a positive number, got {args.lr}")
-    if args.model and not (args.model / "config.json").is_file():
-        parser.error(f"--model: no Hugging Face model in {args.model} (config.json is not there)")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out: {args.out} is a file")
+    parser.expect_positive_lr(args)
+    parser.expect_model_folder(args)
+    parser.expect_folder(args)
     checkpoint = args.out / CHECKPOINT
     if args.resume and not checkpoint.is_file():
         parser.error(f"--resume: there is no checkpoint in {args.out}")

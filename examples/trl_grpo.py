@@ -1,9 +1,9 @@
 r"""TRL's GRPO with the two lines that make it OBLR-PO; from arithmetic on a laptop to a model and a file of problems.
 
-    python examples/trl_grpo.py                                # a tiny Qwen3, arithmetic: a minute on a CPU, offline
-    python examples/trl_grpo.py --method grpo --out runs/grpo  # TRL as it is, same seed, problems and settings
-    python examples/trl_grpo.py --resume --steps 200           # go on where it ended, or where Ctrl-C stopped it
-    torchrun --nproc-per-node 8 examples/trl_grpo.py --model Qwen/Qwen3-4B-Base --dataset train.jsonl \
+    python -m examples.trl_grpo                                # a tiny Qwen3, arithmetic: a minute on a CPU, offline
+    python -m examples.trl_grpo --method grpo --out runs/grpo  # TRL as it is, same seed, problems and settings
+    python -m examples.trl_grpo --resume --steps 200           # go on where it ended, or where Ctrl-C stopped it
+    torchrun --nproc-per-node 8 -m examples.trl_grpo --model Qwen/Qwen3-4B-Base --dataset train.jsonl \
         --num-generations 8 --prompts 128 --gradient-checkpointing --out runs/qwen3-4b
 
 ``make_trainer`` is the function to copy. Needs TRL: ``pip install '.[trl,examples]'`` in a checkout.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import os
 import time
 import warnings
@@ -25,21 +24,19 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import arithmetic
-import math_problems
 import torch
 from datasets import Dataset
-from options import Parser
-from policy import tiny_qwen3, warm_start
-from runs import expect_same_settings, interruptible, stop_requested, to_json
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
+from examples.common import arithmetic, math_problems
+from examples.common.options import Parser
+from examples.common.policy import tiny_qwen3, warm_start
+from examples.common.runs import expect_same_settings, interruptible, stop_requested, to_json
 from snr_optim.integrations.transformers import SNRCallback
 from snr_optim.integrations.trl import OBLRTrainerMixin, check_unbiased
 
-METHOD_NAMES = ("oblr-po", "grpo")
 DEFAULTS = {  # with the built-in task, with --model and --dataset
     "steps": (100, 500),
     "prompts": (32, 128),
@@ -47,7 +44,7 @@ DEFAULTS = {  # with the built-in task, with --model and --dataset
     "warm_up": (20, 20),
     "max_completion_length": (7, 1024),
 }
-LRS = {"oblr-po": (1e-3, 8e-6), "grpo": (2e-4, 1e-6)}
+LRS = {"oblr-po": (1e-3, 8e-6), "grpo": (2e-4, 1e-6)}  # the methods, and their defaults like those above
 LAST = 20  # steps in the mean that is called the final reward
 SHOWN = ("reward", "learning_rate", "snr/factor", "grad_norm", "completions/mean_length")
 
@@ -182,7 +179,7 @@ def settings(args: argparse.Namespace) -> dict[str, str]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--method", choices=METHOD_NAMES, default="oblr-po", help="grpo: TRL as it is, all else equal")
+    add("--method", choices=LRS, default="oblr-po", help="grpo: TRL as it is, all else equal")
     add("--model", help="folder or Hugging Face name, with --dataset (default: a tiny Qwen3, arithmetic)")
     add("--dataset", type=Path, help="JSONL of question and answer: GSM8K's, MATH's, or your own")
     add("--skip-bad-lines", action="store_true", help="leave out bad lines of --dataset instead of stopping there")
@@ -222,10 +219,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, values[args.model is not None])
     args.lr = LRS[args.method][args.model is not None] if args.lr is None else args.lr
-    for name, least in {"steps": 1, "prompts": 1, "num_generations": 2, "micro_batches": 1, "warm_up": 0,
-                        "max_completion_length": 1, "warm_start_steps": 1, "save_every": 1}.items():  # fmt: skip
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(args, name)}")
+    parser.expect_at_least(
+        args, steps=1, prompts=1, num_generations=2, micro_batches=1, warm_up=0, max_completion_length=1,
+        warm_start_steps=1, save_every=1,
+    )  # fmt: skip
     backward_passes = args.micro_batches * world_size()
     if backward_passes < 2 and args.method == "oblr-po":
         parser.error("--micro-batches: expected at least 2 in one process: one says nothing about noise")
@@ -233,14 +230,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--prompts: expected a multiple of --micro-batches x processes = {backward_passes}, got {args.prompts}"
         )
-    if not 0 < args.lr < math.inf:
-        parser.error(f"--lr: expected a positive number, got {args.lr}")
+    parser.expect_positive_lr(args)
     if args.dataset and not args.dataset.is_file():
         parser.error(f"--dataset: no file {args.dataset}")
     if args.use_vllm and importlib.util.find_spec("vllm") is None:
         parser.error("--use-vllm: vLLM is not installed")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out: {args.out} is a file")
+    parser.expect_folder(args)
     if args.out.is_dir() and get_last_checkpoint(str(args.out)) and not args.resume:
         parser.error(f"--out: {args.out} has checkpoints; add --resume to go on from them, or choose another folder")
     return args

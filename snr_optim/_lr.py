@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 LR: TypeAlias = float | Tensor
 
 
-def unwrapped(optimizer: Any) -> Any:
+def unwrapped_optimizer(optimizer: Any) -> Any:
     """The optimizer that does the step, within wrappers such as accelerate's."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer

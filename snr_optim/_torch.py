@@ -1,7 +1,7 @@
-"""What a hook can ask about the code that called it: which backward pass, nested or not, scaled by whom.
+"""What is read off torch's running program: which backward pass runs, within what, and on how many ranks.
 
-Autograd tells no hook where a backward pass begins, and ``optimizer.step()`` not who stands behind it. Both can be read
-off the running program, without a guess; everything that does so is here.
+Autograd tells no hook where a backward pass begins, and ``optimizer.step()`` does not tell who called it. Both can be
+read off the running program, without a guess; everything that does so is here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
@@ -125,3 +126,13 @@ def _callers(code: CodeType) -> Iterator[FrameType]:
         if frame.f_code is code:
             yield frame
         frame = frame.f_back
+
+
+def runs_several_processes() -> bool:
+    """Whether ``torch.distributed`` runs more than this process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_fully_shard(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to this module itself."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

@@ -1,7 +1,7 @@
-"""What a causal language model does to its logits after its head, by its own code and by hooks: tried out, not guessed.
+"""Tries out what a causal language model does to its logits after its head, by its own code and by hooks.
 
-The model's forward runs again on a few numbers in place of logits, while its layers only give back tensors of the
-shapes that they gave before: nothing is computed, and what comes after the head is seen for every row and every word.
+The model's forward runs again on a few numbers in place of logits. Meanwhile its layers compute nothing: they return
+tensors of the shapes that they returned before. So we see for every row and every word what comes after the head.
 """
 
 from __future__ import annotations
@@ -17,144 +17,146 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 from torch.utils import _pytree as pytree
 
-PROBES = (-40.0, -1.0, 1.0, 40.0)  # in place of logits, to see what the model makes of them
-LOWEST = -1e4  # a word whose logit becomes this, or less, cannot be
-KNOWN_TO = 2e-6  # relative error of a factor that may be divided out
+PROBE_LOGITS = (-40.0, -1.0, 1.0, 40.0)  # in place of logits, to see what the model makes of them
+MASKED = -1e4  # the model masks a word if the word's logit becomes this, or less
+FACTOR_TOLERANCE = 2e-6  # relative error that a factor may have if it is to be divided out
 
 
-class Scaling(NamedTuple):
-    """What a model makes of its logits, by its config: ``softcap tanh(scale x / softcap)``, or ``scale x``."""
+class LogitScaling(NamedTuple):
+    """What a model does to its logits by its config: ``softcap tanh(scale x / softcap)``, or ``scale x``."""
 
     softcap: float | None
     scale: float
 
     @staticmethod
-    def of(config: Any) -> Scaling:
-        """By the names that Hugging Face's models have for it in their configurations."""
+    def of(config: Any) -> LogitScaling:
+        """Read it off a config, by the names that Hugging Face's models use."""
         names = ("final_logit_softcapping", "logit_scale", "lm_head_multiplier", "logits_scaling")
         softcap, *factors = (getattr(config, name, None) for name in names)
         for name, factor in zip(names, (softcap, *factors), strict=True):
             if factor is not None and not isinstance(factor, (int, float)):
                 raise RuntimeError(f"model: expected config.{name} to be a number, got {factor!r}")
         scale, multiplier, divisor = (1.0 if factor is None else float(factor) for factor in factors)
-        return Scaling(softcap, scale * multiplier / divisor)
+        return LogitScaling(softcap, scale * multiplier / divisor)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """In float64, on the host."""
+        """Scale logits, in float64, on the host."""
         x = self.scale * x.detach().cpu().double()
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
 
-class AfterHead(NamedTuple):
-    """What a model does to its logits besides its `Scaling`.
+class LogitChanges(NamedTuple):
+    """What a model does to its logits besides its `LogitScaling`.
 
     Attributes:
-        factors: ``[B, T]``, what the logits of each position are multiplied by; None where all are 1.
-        words: how many logits the model returns.
-        possible: ``[words]``, those that it does not mask; None where it masks none.
+        factors: ``[B, T]``, by which the model multiplies the logits of each position; None where all are 1.
+        num_words: how many logits the model returns for each position.
+        possible: ``[num_words]``, the words that the model does not mask; None where it masks none.
         by_number: whether it looks words up by their numbers, so that a few columns cannot stand for all.
     """
 
     factors: Tensor | None
-    words: int
+    num_words: int
     possible: Tensor | None
     by_number: bool
 
 
-class Trial:
-    """A call of a model, to be repeated from its head on.
+class RepeatableCall:
+    """A call of a model that can be repeated from its head on, with other logits.
 
     Args:
-        model: what is called, with all that wraps it.
-        language_model: the model within.
+        model: the model that is called, with all that wraps it.
+        language_model: the language model within.
         head: its output head.
         inputs: what the model is given, by name.
     """
 
     def __init__(self, model: nn.Module, language_model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> None:
-        self._model, self._language_model, self._head, self._inputs = model, language_model, head, inputs
-        self._path = _path_to(head, language_model)
-        self._outputs: list[tuple[nn.Module, Any]] = []  # of layers, in the order of their calls
-        self._left: list[tuple[nn.Module, Any]] = []
-        self._probe: Tensor | None = None  # in place of logits, while the call is repeated
+        self._model, self.language_model, self._head, self._inputs = model, language_model, head, inputs
+        self._path = _modules_around(head, language_model)
+        self._outputs: list[tuple[nn.Module, Any]] = []  # each layer and what it returned, in the order of the calls
+        self._to_repeat: list[tuple[nn.Module, Any]] = []  # those that the repeated call has not asked for yet
+        self._logits: Tensor | None = None  # stand in for the head's output while the call is repeated
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """The model's layers are called through this object."""
-        places = [place for module in self._path for place in _layers_of(module) if place[2] not in self._path]
+        """Within, the model's layers are called through this object."""
+        places = [place for module in self._path for place in _called_children(module) if place[2] not in self._path]
         try:
             for owner, name, layer in places:
-                owner._modules[name] = _Stand(layer, self)  # type: ignore[assignment]
+                owner._modules[name] = _LayerProxy(layer, self)  # type: ignore[assignment]
             yield
         finally:
             for owner, name, layer in places:
                 owner._modules[name] = layer
-            self._outputs, self._left = [], []
+            self._outputs, self._to_repeat = [], []
 
-    def call(self, layer: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A call of a layer: a real one is done, and what a repeated one gave before is given back."""
-        if self._probe is None:
+    def call_layer(
+        self, layer: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a layer; in a repeated call, return what it returned before."""
+        if self._logits is None:
             output = function(*args, **kwargs)
             if layer is not self._head:
-                self._outputs.append((layer, pytree.tree_map_only(Tensor, _without_numbers, output)))
+                self._outputs.append((layer, pytree.tree_map_only(Tensor, _shape_alone, output)))
             return output
         if layer is self._head:
-            return _hooked(layer, args, kwargs, self._probe)
-        for place, (owner, output) in enumerate(self._left):
+            return _through_hooks(layer, args, kwargs, self._logits)
+        for place, (owner, output) in enumerate(self._to_repeat):
             if owner is layer:
-                del self._left[place]
+                del self._to_repeat[place]
                 return output
         return function(*args, **kwargs)  # after the head
 
-    def again(self, probe: Tensor) -> Tensor:
-        """What the model makes of these numbers in place of its logits; its hooks alone, if its head is not in it."""
-        self._probe, self._left = probe.clone(), list(self._outputs)
+    def repeat_with(self, logits: Tensor) -> Tensor:
+        """What the model returns for these logits; what the head's hooks return, if the head is not in the model."""
+        self._logits, self._to_repeat = logits.clone(), list(self._outputs)
         with torch.no_grad():
             try:
                 if not self._path:
-                    return logits_of((_hooked(self._head, (), {}, self._probe),))
-                returned = self._language_model.forward(**self._inputs)
+                    return logits_of((_through_hooks(self._head, (), {}, self._logits),))
+                returned = self.language_model.forward(**self._inputs)
             finally:
-                self._probe = None
-            for module in _outwards(self._model, self._language_model):
-                returned = _hooked(module, (), self._inputs, returned)
+                self._logits = None
+            for module in _from_innermost(self._model, self.language_model):
+                returned = _through_hooks(module, (), self._inputs, returned)
         return logits_of(returned)
 
-    def outcome(self, hidden: Tensor, words: int, scaling: Scaling) -> AfterHead:
-        """Try it out: for all rows on a few columns, and for all words on a row.
+    def find_changes(self, hidden: Tensor, num_words: int, scaling: LogitScaling) -> LogitChanges:
+        """Try out what the model does to its logits: for all rows on a few columns, and for all words on one row.
 
         Args:
             hidden: ``[B, T, d]``, what the head is given.
-            words: how many there are, by the config.
-            scaling: by the config.
+            num_words: how many words there are by the config.
+            scaling: the scaling by the config.
 
         Raises:
-            RuntimeError: it cannot be tried out, or is something that only the logits themselves could show.
+            RuntimeError: the model cannot be repeated, or does something that only the logits themselves could show.
         """
         size, rounding = hidden.shape[:2], torch.finfo(hidden.dtype).eps
-        columns = hidden.new_tensor(PROBES)
+        columns = hidden.new_tensor(PROBE_LOGITS)
         try:
-            of_rows = self.again(columns.expand(*size, -1))
-            by_number = bool((of_rows <= LOWEST).any())
+            of_rows = self.repeat_with(columns.expand(*size, -1))
+            by_number = bool((of_rows <= MASKED).any())
         except Exception:  # tried out on a row below, where the reason can be told
             by_number = True
-        factors = None if by_number else _factors(of_rows, columns, scaling, size, rounding)
+        factors = None if by_number else _row_factors(of_rows, columns, scaling, size, rounding)
 
-        numbers = _numbers(self._head.out_features).to(hidden)
+        numbers = _probe_row(self._head.out_features).to(hidden)
         masks: list[Tensor] = []
         for row in (numbers, -numbers):
             probe = row.expand(size[0] if by_number else 1, 1, -1)
             try:
-                of_words = self.again(probe)
+                of_words = self.repeat_with(probe)
             except Exception as error:
                 raise RuntimeError(
                     f"model: what it does after its head fails on logits of shape {list(probe.shape)}: {error}; "
                     "linear_logprob_stats takes its hidden states"
                 ) from error
-            if of_words.dim() != 3 or of_words.shape[-1] not in (words, len(row)):
-                raise _unexpected_shape(of_words, (*size, words))
-            words = of_words.shape[-1]
-            low = of_words.detach().cpu() <= LOWEST
+            if of_words.dim() != 3 or of_words.shape[-1] not in (num_words, len(row)):
+                raise _unexpected_shape(of_words, (*size, num_words))
+            num_words = of_words.shape[-1]
+            low = of_words.detach().cpu() <= MASKED
             mask = low.flatten(0, -2).any(0)
             masked = bool(mask.any())
             if not torch.equal(low, mask.expand_as(low)) or any(not torch.equal(mask, other) for other in masks):
@@ -165,36 +167,46 @@ class Trial:
             if mask.all():
                 raise RuntimeError("model: it masks all words")
             left = ~mask.to(row.device) if masked else slice(None)
-            found = _factors(of_words[..., left], row[:words][left], scaling, size, rounding)
+            found = _row_factors(of_words[..., left], row[:num_words][left], scaling, size, rounding)
             factors = found if factors is None else factors
             of_all = factors[: found.shape[0], : found.shape[1]]
-            if not torch.allclose(found, of_all, rtol=max(KNOWN_TO, 2 * rounding), atol=0.0):
+            if not torch.allclose(found, of_all, rtol=max(FACTOR_TOLERANCE, 2 * rounding), atol=0.0):
                 raise RuntimeError("model: it scales some logits of a row otherwise than others")
         assert factors is not None
         scaled = None if bool((factors == 1).all()) else factors.expand(size)
-        return AfterHead(scaled, words, ~masks[0] if masked else None, by_number)
+        return LogitChanges(scaled, num_words, ~masks[0] if masked else None, by_number)
 
 
-def stand_in(hidden: Tensor, head: nn.Linear, after: AfterHead) -> Tensor:
-    """What the model goes on with instead of logits: a few columns for every row, or all words of one row."""
-    if after.by_number:
+def placeholder_logits(hidden: Tensor, head: nn.Linear, changes: LogitChanges) -> Tensor:
+    """The numbers with which the model goes on after its head: a few columns for every row, or all words of one row."""
+    if changes.by_number:
         return hidden.new_ones(1, 1, head.out_features)
-    return hidden.new_tensor(PROBES).expand(*hidden.shape[:2], len(PROBES))
+    return hidden.new_tensor(PROBE_LOGITS).expand(*hidden.shape[:2], len(PROBE_LOGITS))
 
 
-def expect_outcome(logits: Tensor, given: Tensor, size: torch.Size, after: AfterHead, scaling: Scaling) -> None:
-    """Raise a RuntimeError unless the real call made of `stand_in` what the trial said, wrappers and all."""
+def expect_changes(
+    logits: Tensor, given: Tensor, size: torch.Size, changes: LogitChanges, scaling: LogitScaling
+) -> None:
+    """Raise a RuntimeError unless the real call, with its wrappers, did these changes to the placeholder logits.
+
+    Args:
+        logits: what the call returned.
+        given: the placeholder logits.
+        size: ``[B, T]``.
+        changes: what `RepeatableCall.find_changes` found.
+        scaling: the scaling by the config.
+    """
     if not size.numel():
         return
-    numbers, rounding = given[0, 0, : after.words], torch.finfo(given.dtype).eps
-    if after.by_number and after.possible is not None and logits.shape[-1] == after.words:
-        left = after.possible.to(logits.device)
-        logits, numbers = logits[..., left], numbers[after.possible.to(numbers.device)]
-    found = _factors(logits, numbers, scaling, size, rounding)
-    known = torch.ones(1, 1, dtype=torch.float64, device="cpu") if after.factors is None else after.factors
+    numbers, rounding = given[0, 0, : changes.num_words], torch.finfo(given.dtype).eps
+    if changes.by_number and changes.possible is not None and logits.shape[-1] == changes.num_words:
+        left = changes.possible.to(logits.device)
+        logits, numbers = logits[..., left], numbers[changes.possible.to(numbers.device)]
+    found = _row_factors(logits, numbers, scaling, size, rounding)
+    known = torch.ones(1, 1, dtype=torch.float64, device="cpu") if changes.factors is None else changes.factors
     known = known[: found.shape[0], : found.shape[1]]
-    if not torch.allclose(found, known.expand_as(found), rtol=max(KNOWN_TO, 2 * rounding), atol=0.0):
-        raise _unlike(logits, numbers, scaling)
+    if not torch.allclose(found, known.expand_as(found), rtol=max(FACTOR_TOLERANCE, 2 * rounding), atol=0.0):
+        raise _unexpected_logits(logits, numbers, scaling)
 
 
 def logits_of(returned: Any) -> Tensor:
@@ -204,17 +216,17 @@ def logits_of(returned: Any) -> Tensor:
 
 
 @cache
-def _numbers(many: int) -> Tensor:
-    """In place of the logits of a row: between 1 and 3, of either sign."""
+def _probe_row(many: int) -> Tensor:
+    """Numbers in place of the logits of a row: their sizes are between 1 and 3, and they are of either sign."""
     wave = torch.arange(many, dtype=torch.float64, device="cpu").cos()
     return (wave.sign() + 2 * wave).float()
 
 
-def _factors(got: Tensor, numbers: Tensor, scaling: Scaling, size: torch.Size, rounding: float) -> Tensor:
-    """``[B or 1, T or 1]``: what each row was multiplied by; 1 where that is within the rounding of the model.
+def _row_factors(got: Tensor, numbers: Tensor, scaling: LogitScaling, size: torch.Size, rounding: float) -> Tensor:
+    """By what the model multiplied each row, ``[B or 1, T or 1]``: 1 where that is within the model's rounding.
 
     Raises:
-        RuntimeError: something else was done.
+        RuntimeError: the model did something else.
     """
     fits = got.dim() == 3 and got.shape[0] in (1, size[0]) and got.shape[1] in (1, size[1])
     if not fits or got.shape[-1] != len(numbers):
@@ -222,14 +234,14 @@ def _factors(got: Tensor, numbers: Tensor, scaling: Scaling, size: torch.Size, r
     ratios = got.detach().cpu().double() / scaling(numbers)
     factors = ratios.mean(-1)
     as_expected = ((ratios - 1).abs() <= max(1e-6, 2 * rounding)).all(-1)
-    alike = ((ratios / factors[..., None] - 1).abs() <= KNOWN_TO).all(-1) & (factors > 0) & factors.isfinite()
+    alike = ((ratios / factors[..., None] - 1).abs() <= FACTOR_TOLERANCE).all(-1) & (factors > 0) & factors.isfinite()
     if not (as_expected | alike).all():
         row = tuple((~(as_expected | alike)).nonzero()[0].tolist())
-        raise _unlike(got[row], numbers, scaling)
+        raise _unexpected_logits(got[row], numbers, scaling)
     return torch.where(as_expected, 1.0, factors)
 
 
-def _unlike(got: Tensor, numbers: Tensor, scaling: Scaling) -> RuntimeError:
+def _unexpected_logits(got: Tensor, numbers: Tensor, scaling: LogitScaling) -> RuntimeError:
     given, wanted, found = (
         [round(x, 4) for x in values.flatten()[:4].tolist()] for values in (numbers.double(), scaling(numbers), got)
     )
@@ -245,43 +257,48 @@ def _unexpected_shape(got: Tensor, expected: tuple[int, ...]) -> RuntimeError:
 
 
 # ------------------------------------------------------------------------------------------------ modules and hooks
-class _Stand:
-    """In the place of a layer: calls go through the `Trial`, all else to the layer."""
+class _LayerProxy:
+    """Stands in the place of a layer: calls go through the `RepeatableCall`, all else goes to the layer."""
 
-    def __init__(self, layer: nn.Module, trial: Trial) -> None:
-        object.__setattr__(self, "_stands_for", (layer, trial))
+    _proxied: tuple[Any, RepeatableCall]  # a layer of any class, which may be indexed
 
-    __class__ = property(lambda self: type(self._stands_for[0]))  # for isinstance
+    def __init__(self, layer: nn.Module, call: RepeatableCall) -> None:
+        object.__setattr__(self, "_proxied", (layer, call))
+
+    __class__ = property(lambda self: type(self._proxied[0]))  # for isinstance
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layer, trial = self._stands_for
-        return trial.call(layer, layer, args, kwargs)
+        layer, call = self._proxied
+        return call.call_layer(layer, layer, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        layer, trial = self._stands_for
-        return trial.call(layer, layer.forward, args, kwargs)
+        layer, call = self._proxied
+        return call.call_layer(layer, layer.forward, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stands_for[0], name)
+        return getattr(self._proxied[0], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._stands_for[0], name, value)
+        setattr(self._proxied[0], name, value)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._stands_for[0][index]
+        return self._proxied[0][index]
 
     def __len__(self) -> int:
-        return len(self._stands_for[0])
+        return len(self._proxied[0])
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._stands_for[0])
+        return iter(self._proxied[0])
 
     def __bool__(self) -> bool:
         return True
 
 
-def _path_to(wanted: nn.Module, model: nn.Module) -> list[nn.Module]:
-    """The modules that contain it, from the outermost; none if it is not in the model. Breadth first: it is near."""
+def _modules_around(wanted: nn.Module, model: nn.Module) -> list[nn.Module]:
+    """The modules that contain a module, from the outermost; none if the model does not hold it.
+
+    The search is breadth first, as a head is near the top.
+    """
     waiting = deque([[model]])
     seen = {model}
     while waiting:
@@ -295,27 +312,27 @@ def _path_to(wanted: nn.Module, model: nn.Module) -> list[nn.Module]:
     return []
 
 
-def _layers_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """What is called of a module's children, with its place: of mere containers, what they contain."""
+def _called_children(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """The children that a module calls, with their places; in place of a mere container, what that contains."""
     for name, child in module._modules.items():
         if child is None:
             continue
         if type(child).forward is nn.Module.forward and "forward" not in vars(child):
-            yield from _layers_of(child)
+            yield from _called_children(child)
         else:
             yield module, name, child
 
 
-def _outwards(model: nn.Module, language_model: nn.Module) -> list[nn.Module]:
-    """The language model and what wraps it, from within."""
+def _from_innermost(model: nn.Module, language_model: nn.Module) -> list[nn.Module]:
+    """The language model and what wraps it, from the innermost."""
     wrappers = [model]
     while wrappers[0] is not language_model:
         wrappers.insert(0, wrappers[0].module)  # type: ignore[arg-type]
     return wrappers
 
 
-def _hooked(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """What a module's forward hooks make of its output: those that may change numbers, not those that gather shards."""
+def _through_hooks(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """What a module's forward hooks make of its output; those that gather shards, and change no numbers, do not run."""
     with_keywords = {**_modules._global_forward_hooks_with_kwargs, **module._forward_hooks_with_kwargs}
     for number, hook in (*_modules._global_forward_hooks.items(), *module._forward_hooks.items()):
         if (getattr(hook, "__module__", None) or "").startswith("torch.distributed"):
@@ -325,6 +342,6 @@ def _hooked(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     return output
 
 
-def _without_numbers(x: Tensor) -> Tensor:
-    """A tensor like it, of zeros that take no memory: what comes after the head looks at logits alone."""
+def _shape_alone(x: Tensor) -> Tensor:
+    """Zeros of the same shape that take no memory, as what comes after the head looks at logits alone."""
     return x.new_zeros(()).expand(x.shape) if x.is_floating_point() else x

@@ -1,7 +1,8 @@
 """From ``backward()`` to the learning rate of the very next ``optimizer.step()``: what ``attach()`` puts on a loop.
 
-Those of a source, on the gradients; one that runs when ``optimizer.step()`` begins; and one on ``zero_grad()``, which
-tells that a batch is given up where no gradient had come that could tell it.
+An :class:`AccumulationSource` puts hooks on the gradients; one hook runs when ``optimizer.step()`` begins, and hands
+the moments of the batch over once; and ``zero_grad()`` is wrapped, as it tells that a batch is given up where no
+gradient had come that could tell it.
 """
 
 from __future__ import annotations
@@ -10,20 +11,32 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from snr_optim._torch import current_backward, is_nested_step, loss_scale
-from snr_optim.noise import Norm, source_of
-from snr_optim.noise.data_parallel import DataParallelSource, runs_several_processes
+from snr_kernels.precision import widest_dtype
+from snr_optim._torch import current_backward, is_nested_step, loss_scale, runs_several_processes
+from snr_optim.noise import AccumulationSource, Norm
 from snr_optim.noise.moments import GradientMoments
 
 NEVER_STEPPED = 10  # batches cleared without any step: more than a GradScaler skips at first
 
-Observe: TypeAlias = Callable[[list[GradientMoments], int], None]  # moments by group, batches dropped before this one
+
+class MeasuredBatch(NamedTuple):
+    """What is handed over when ``optimizer.step()`` begins.
+
+    Attributes:
+        whole: the moments of the whole gradient.
+        by_parameter_group: the moments of each parameter group.
+        dropped: batches before it whose gradients were cleared without a step.
+    """
+
+    whole: GradientMoments
+    by_parameter_group: list[GradientMoments]
+    dropped: int
 
 
 class Attachment:
@@ -44,14 +57,16 @@ class Attachment:
         0.75
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, norm: Norm, observe: Observe) -> None:
-        self._optimizer, self._model, self._norm, self._observe_batch = optimizer, model, norm, observe
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module, norm: Norm, hand_over: Callable[[MeasuredBatch], None]
+    ) -> None:
+        self._optimizer, self._model, self._norm, self._hand_over = optimizer, model, norm, hand_over
         if not getattr(type(self._optimizer).step, "hooked", False) or isinstance(self._optimizer, torch.optim.LBFGS):
             raise TypeError(
                 f"optimizer: {type(self._optimizer).__name__} runs no step hooks, or takes several gradients per step; "
                 "use observe()"
             )
-        self._refuse_strangers()
+        self._expect_parameters_of_model()
         self._watch()
         # Not traced: a compiled step() would take the lr for a constant.
         self._hook = self._optimizer.register_step_pre_hook(
@@ -87,7 +102,7 @@ class Attachment:
     @property
     def dropped(self) -> int:
         """Batches whose gradients were cleared without a step, since the last step."""
-        return self._source.dropped + self._source.was_cleared()
+        return self._source.dropped
 
     def warn_if_never_stepped(self) -> None:
         """Say once that gradients come and go, and ``optimizer.step()`` is never called."""
@@ -132,13 +147,13 @@ class Attachment:
 
     def _watch(self) -> None:
         groups = [group["params"] for group in self._optimizer.param_groups]
-        self._source = source_of(self._model, groups, norm=self._norm)
+        self._source = AccumulationSource(self._model, groups, norm=self._norm)
         self._watched = self._trainable()
 
     def _trainable(self) -> list[int]:
         return [id(p) for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
 
-    def _refuse_strangers(self) -> None:
+    def _expect_parameters_of_model(self) -> None:
         ours = {id(p) for p in self._model.parameters()}
         strangers = sum(id(p) not in ours for group in self._optimizer.param_groups for p in group["params"])
         if strangers:
@@ -159,22 +174,22 @@ class Attachment:
             return None  # that of a base class: the batch was measured when the outer one began
         # A closure holds the backward pass, and every optimizer that calls it once reads its lr after it.
         if kwargs.get("closure") is not None:
-            return args, {**kwargs, "closure": self._then_observe(kwargs["closure"])}
+            return args, {**kwargs, "closure": self._then_measure(kwargs["closure"])}
         if len(args) > 1 and args[1] is not None:  # args[0] is the optimizer
-            return (args[0], self._then_observe(args[1]), *args[2:]), kwargs
-        self._observe()
+            return (args[0], self._then_measure(args[1]), *args[2:]), kwargs
+        self._measure()
         return None
 
-    def _then_observe(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _then_measure(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def measured() -> Any:
             loss = closure()
-            self._observe()
+            self._measure()
             return loss
 
         return measured
 
-    def _observe(self) -> None:
-        if runs_several_processes() and not isinstance(self._source, DataParallelSource):
+    def _measure(self) -> None:
+        if runs_several_processes() and not self._source.spans_processes:
             raise RuntimeError(
                 "attach: several processes run now, but the model was attached before: attach it wrapped"
             )
@@ -182,7 +197,7 @@ class Attachment:
         parts = self._source.parameter_group_moments()
         if scale is not None:
             parts = [_unscaled(part, scale) for part in parts]
-        dropped, self._source.dropped = self._source.dropped, 0  # moments() has settled whether there is one more
+        dropped = self._source.take_dropped()
         if self._trainable() != self._watched:  # parameters were added, or unfrozen: watched from the next batch on
             self._watched = self._trainable()
             if self._watched:
@@ -202,10 +217,10 @@ class Attachment:
                 "the factor stays as it is (1 at first: the full ceiling). Split the batch into micro-batches.",
                 stacklevel=4,
             )
-        self._observe_batch(parts, dropped)
+        self._hand_over(MeasuredBatch(self.moments, parts, dropped))
 
 
 def _unscaled(moments: GradientMoments, scale: torch.Tensor) -> GradientMoments:
     """Moments of the gradients before a ``GradScaler`` scaled the loss."""
-    square = scale.double().square() if scale.device.type != "mps" else scale.square()
+    square = scale.to(widest_dtype(scale.device)).square()
     return GradientMoments(moments.sq_norm_of_mean / square, moments.mean_of_sq_norms / square, moments.num_sub_batches)

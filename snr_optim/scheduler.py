@@ -1,7 +1,8 @@
 """The learning rate set by measured gradient noise: ``SNRAdaptiveLR``, a true ``LRScheduler``.
 
-``observe()`` owns the statistics; ``step()`` only writes ceiling x factor into the optimizer, so it may be
-called as often as a trainer likes. Where moments come from is the business of :mod:`snr_optim.noise`.
+``observe()`` and ``attach()`` fold moments into the averages; ``step()`` lets the inner schedule move, where there is
+one, and writes ceiling x factor into the optimizer. Without ``schedule=`` it may be called as often as a trainer likes.
+Where moments come from is the business of :mod:`snr_optim.noise`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from snr_optim._lr import (
     lrs_of,
     separate_lrs,
     share_lrs,
-    unwrapped,
+    unwrapped_optimizer,
     write_lrs,
 )
-from snr_optim.attachment import Attachment
+from snr_optim.attachment import Attachment, MeasuredBatch
 from snr_optim.noise import AdamNorm, Norm, euclidean
 from snr_optim.noise.averages import MomentAverages
 from snr_optim.noise.moments import GradientMoments
@@ -106,7 +107,7 @@ class SNRAdaptiveLR(LRScheduler):
         adapt: bool = True,
         per_group: bool = False,
     ) -> None:
-        optimizer = unwrapped(optimizer)
+        optimizer = unwrapped_optimizer(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         expect_lrs(optimizer)
@@ -116,7 +117,7 @@ class SNRAdaptiveLR(LRScheduler):
                     "schedule: expected an LRScheduler that needs no metric and is no SNRAdaptiveLR, "
                     f"got {type(schedule).__name__}; of accelerate's wrapper, pass what was given to prepare()"
                 )
-            if unwrapped(schedule.optimizer) is not optimizer:
+            if unwrapped_optimizer(schedule.optimizer) is not optimizer:
                 raise ValueError("schedule: expected a scheduler of the same optimizer")
             if share_lrs(optimizer) and _differs_by_group(schedule):
                 raise ValueError(
@@ -153,6 +154,8 @@ class SNRAdaptiveLR(LRScheduler):
         self._in_sequence = False  # of a SequentialLR, whose other children write the lr in their time
         self._marks: list[Mark] | None = None  # on what was written last; None while another scheduler is in charge
         self._by_value = False  # equal lrs stand for those marked: a checkpoint or a copy has put others in their place
+        # In torch 2.6 a SequentialLR makes initial_lr the live tensor, which its first child then overwrites.
+        self._initial_lrs = copies_of([group.get("initial_lr", group["lr"]) for group in optimizer.param_groups])
         self._at_construction: list[LR] | None = copies_of(lrs_of(optimizer))
         super().__init__(optimizer)
         self._at_construction = None
@@ -189,7 +192,7 @@ class SNRAdaptiveLR(LRScheduler):
             raise RuntimeError("attach: already attached; remove() the first handle before")
         self._dropped = self._unstepped()  # those of an earlier handle
         norm = euclidean if self.norm == "euclidean" else self._optimizer_norm(model)
-        self._attachment = Attachment(self.optimizer, model, norm, self._observe_step)
+        self._attachment = Attachment(self.optimizer, model, norm, self._take_over)
         return self._attachment
 
     def observe(self, moments: GradientMoments | Sequence[GradientMoments]) -> None:
@@ -213,10 +216,24 @@ class SNRAdaptiveLR(LRScheduler):
         groups = len(self.optimizer.param_groups)
         if len(parts) != groups and (self.per_group or parts is moments):
             raise ValueError(f"moments: expected one for each of the {groups} parameter groups, got {len(parts)}")
+        self._fold_in(moments if isinstance(moments, GradientMoments) else GradientMoments.of_parts(parts), parts)
+
+    def _take_over(self, batch: MeasuredBatch) -> None:
+        """A step of the optimizer begins, and ``attach()`` has measured its batch."""
+        self._dropped += batch.dropped
+        self._adopt_new_groups()
+        self._fold_in(batch.whole, batch.by_parameter_group)
+        overwritten = self.last_epoch >= 0 and not self._in_charge()
+        # A single step may be at another lr: torch.distributed.checkpoint makes an optimizer's state by one of lr 0.
+        if overwritten and self._overwritten_before and not self._in_sequence:
+            self._warn_if_overwritten()
+        self._overwritten_before = overwritten
+
+    def _fold_in(self, whole: GradientMoments, by_parameter_group: Sequence[GradientMoments]) -> None:
         self._observed = True
         before = self._averages.observations
-        self._averages.update(GradientMoments.of_parts(parts))
-        for averages, part in zip(self._group_averages, parts, strict=False):
+        self._averages.update(whole)
+        for averages, part in zip(self._group_averages, by_parameter_group, strict=False):
             averages.update(part)
         folded_in = self._averages.observations > before.to(self._averages.observations.device)
         lowest = torch.stack([self._ratio(averages).nan_to_num(1.0) for averages in self._used_averages()]).min()
@@ -237,8 +254,9 @@ class SNRAdaptiveLR(LRScheduler):
         until ``step()`` moves the ceiling);
         averaged ``signal``, ``noise`` and ``snr = signal / noise`` with its ``snr_standard_error`` (from the spread
         over batches, so NaN below two, and with ``smoothing=0``); ``degrees_of_freedom`` of the noise;
-        ``critical_batch_size = noise / signal`` x the number of sub-batches, so in units of one sub-batch
-        (inf where no signal is left); and the counts ``observations``, ``floor_bound`` (observations that found
+        ``critical_batch_size = noise / signal`` x the number of sub-batches: the gradient noise scale
+        ``tr(Sigma) / ||G||^2`` of McCandlish et al. 2018 (eq. 2.9), in units of one sub-batch (inf where no signal is
+        left); and the counts ``observations``, ``floor_bound`` (observations that found
         a factor below ``min_factor``), ``skipped_single`` (fewer than two sub-batches), ``skipped_flat`` (all gradients
         zero), ``skipped_invalid`` (NaN, inf, impossible or not measurable) and ``skipped_unstepped`` (batches
         whose gradients were cleared without a step of this optimizer, as when a ``GradScaler`` skips it, or after the
@@ -291,15 +309,6 @@ class SNRAdaptiveLR(LRScheduler):
     def _unstepped(self) -> int:
         """Batches whose gradients were cleared without a step, those that were noticed since the last one included."""
         return self._dropped + (0 if self._attachment is None else self._attachment.dropped)
-
-    def _observe_step(self, moments: list[GradientMoments], dropped: int) -> None:
-        self._dropped += dropped
-        self.observe(moments)
-        overwritten = self.last_epoch >= 0 and not self._in_charge()
-        # A single step may be at another lr: torch.distributed.checkpoint makes an optimizer's state by one of lr 0.
-        if overwritten and self._overwritten_before and not self._in_sequence:
-            self._warn_if_overwritten()
-        self._overwritten_before = overwritten
 
     # -- learning rate ------------------------------------------------------------------------------
 
@@ -378,8 +387,8 @@ class SNRAdaptiveLR(LRScheduler):
         A ``SequentialLR`` starts its children anew, when it has put the ``initial_lr`` of all groups back.
         """
         self._in_sequence = self._at_construction is None
-        initial = [group["initial_lr"] for group in self.optimizer.param_groups]
-        self.base_lrs = copies_of(initial if self._at_construction is None else self._at_construction)
+        added = [group["initial_lr"] for group in self.optimizer.param_groups[len(self._initial_lrs) :]]
+        self.base_lrs = copies_of(self._initial_lrs + added if self._at_construction is None else self._at_construction)
 
     def _update_lr(self, epoch: int | None = None) -> None:
         """What ``SequentialLR`` calls, instead of ``step()``, to hand over to this scheduler."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from datasets import Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from math_problems import INSTRUCTION, load_problems
+from examples.common.math_problems import INSTRUCTION, load_problems
 
 
 def main(argv: list[str] | None = None) -> None:

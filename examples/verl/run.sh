@@ -11,8 +11,9 @@ fi
 here=$(dirname "$0") train=$1 test=$2
 shift 2
 data=${DATA:-data}
-python "$here/prepare.py" "$train" "$data/train.parquet"
-python "$here/prepare.py" "$test" "$data/test.parquet"
+for split in train test; do
+    PYTHONPATH=$here/../..${PYTHONPATH:+:$PYTHONPATH} python -m examples.verl.prepare "${!split}" "$data/$split.parquet"
+done
 settings=(data.train_files="$data/train.parquet" data.val_files="$data/test.parquet"
     reward.custom_reward_function.path="$here/reward.py" "$@")
 python -m snr_optim.integrations.verl check --config-dir "$here" --config-name oblr_po "${settings[@]}"

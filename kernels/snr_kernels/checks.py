@@ -14,10 +14,10 @@ def expect_integers(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected integers, got {x.dtype}")
 
 
-def expect_names(argument: str, names: Collection[str], known: Sequence[str]) -> frozenset[str]:
+def expect_names(argument: str, names: Collection[str], known: Sequence[str]) -> tuple[str, ...]:
     """Some of the ``known`` names, or a ValueError."""
     if isinstance(names, str):
         raise ValueError(f"{argument}: expected a list of names, got the string {names!r}")
     if unknown := set(names) - set(known):
         raise ValueError(f"{argument}: expected some of {list(known)}, got {sorted(unknown)}")
-    return frozenset(names)
+    return tuple(names)  # dynamo of torch 2.6 cannot go on after a graph break with a frozenset at hand

@@ -1,12 +1,10 @@
-"""Which path of an op computes, torch or Triton, and in which precision."""
+"""Which path of an op computes: torch or Triton."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -25,7 +23,7 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def runs_triton(impl: str, tensor: Tensor) -> bool:
+def runs_triton(impl: Impl, tensor: Tensor) -> bool:
     """Whether ``impl`` means the Triton kernels for this tensor.
 
     Raises:
@@ -49,18 +47,3 @@ def _why_not_triton(tensor: Tensor) -> str:
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"expected float32, bfloat16 or float16, got {tensor.dtype}"
     return ""
-
-
-@contextmanager
-def exactly(device: torch.device) -> Iterator[None]:
-    """Without gradients, and without autocast, which would round the sums within."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
-
-
-def exact_dtype(*tensors: Tensor) -> torch.dtype:
-    """That of sums: float32 at least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from snr_optim.baseline.candidates import View, baselines, losses, pooled, totals_of
 from snr_optim.baseline.distributed import gather
-from snr_optim.baseline.estimator import Sums
-from snr_optim.baseline.history import Evidence, Pool, PromptMemory, load_state, move, state_of
+from snr_optim.baseline.estimator import Sums, VisibleSums, baselines, losses, pooled, totals_of
+from snr_optim.baseline.history import CandidateSelection, Pool, PromptMemory, load_state, move, state_of
 from snr_optim.baseline.inputs import Batch, check
 
 if TYPE_CHECKING:
@@ -94,10 +93,10 @@ class GradWeightedBaseline(nn.Module):
 
     def __init__(
         self,
-        scope: str = "shrink",
+        scope: Literal["shrink", "group", "batch"] = "shrink",
         leave_one_out: bool = True,
         *,
-        kappa: float | str = "auto",
+        kappa: float | Literal["auto"] = "auto",
         decay: float = 0.5,
         process_group: ProcessGroup | None = None,
     ) -> None:
@@ -122,7 +121,7 @@ class GradWeightedBaseline(nn.Module):
             kappas = (float(kappa),)
         self._auto = len(kappas) > 1
         self._pool = Pool(self.decay)
-        self._evidence = Evidence(kappas, RECALL, (kappas.index(DEFAULT_KAPPA) if self._auto else 0, 0))
+        self._selection = CandidateSelection(kappas, RECALL, (kappas.index(DEFAULT_KAPPA) if self._auto else 0, 0))
         self._memory = PromptMemory()
 
     # ------------------------------------------------------------------------------------------------ for a batch
@@ -181,10 +180,10 @@ class GradWeightedBaseline(nn.Module):
         first: a baseline that has learned from an output is no longer independent of it.
         """
         batch, rows = self._checked(rewards, weights, groups, ratios, prompts)
-        view = self._look(batch)
-        advantages = self._chosen(batch, view, subtract=True)[rows]
+        visible = self._look(batch)
+        advantages = self._chosen(batch, visible, subtract=True)[rows]
         if update:
-            self._learn(batch, view)
+            self._learn(batch, visible)
         return advantages.to(_dtype_of(rewards))
 
     def update(
@@ -242,8 +241,8 @@ class GradWeightedBaseline(nn.Module):
         that choice relative to ``kappa = 0``'s, the lower the better, over the batches seen so far (of few it says
         little), NaN without ``kappa="auto"`` or before the first; ``prompts_remembered``.
         """
-        k, m = (int(index) for index in self._evidence.best())
-        losses, kappas = self._evidence.losses, self._evidence.kappas
+        k, m = (int(index) for index in self._selection.best())
+        losses, kappas = self._selection.losses, self._selection.kappas
         group = float(losses[0, 0]) if kappas[0] == 0 else math.nan
         return {
             "kappa": float(kappas[k]),
@@ -271,40 +270,40 @@ class GradWeightedBaseline(nn.Module):
         if prompts is not None and self.scope != "shrink":
             raise ValueError(f"prompts: remembered in scope 'shrink' alone, got scope {self.scope!r}")
 
-    def _look(self, batch: Batch) -> View:
+    def _look(self, batch: Batch) -> VisibleSums:
         totals = totals_of(batch)
         if self.scope == "group":
-            return View(totals, None, None)
+            return VisibleSums(totals, None, None)
         prior = pooled(totals, Sums.unstack(self._pool.like(batch.rewards.shape[1:])), self.leave_one_out)
         recalled = None
         if batch.prompts is not None:
             relative = Sums.unstack(self._memory.recall(batch.prompts))
             recalled = Sums(relative.wr * prior.w, relative.w * prior.w, relative.r, relative.n)
-        return View(totals, prior, recalled)
+        return VisibleSums(totals, prior, recalled)
 
-    def _chosen(self, batch: Batch, view: View, subtract: bool = False) -> Tensor:
+    def _chosen(self, batch: Batch, visible: VisibleSums, subtract: bool = False) -> Tensor:
         """The baselines of the best candidate; with ``subtract`` the advantages."""
-        k, m = self._evidence.best()
-        shrinkage = self._evidence.shrinkages().take(k).to(batch.rewards)  # no index on the host: nothing to wait for
-        share = self._evidence.recall.take(m).to(batch.rewards)
-        return baselines(batch, view, self.leave_one_out, shrinkage, share, subtract=subtract)
+        k, m = self._selection.best()
+        shrinkage = self._selection.shrinkages().take(k).to(batch.rewards)  # no index on the host: nothing to wait for
+        share = self._selection.recall.take(m).to(batch.rewards)
+        return baselines(batch, visible, self.leave_one_out, shrinkage, share, subtract=subtract)
 
-    def _learn(self, batch: Batch, view: View) -> None:
+    def _learn(self, batch: Batch, visible: VisibleSums) -> None:
         if self.scope == "group" or not len(batch.rewards):
             return
         if self._auto or batch.prompts is not None:
-            shrinkages, shares = (t.to(batch.rewards) for t in (self._evidence.shrinkages(), self._evidence.recall))
-            self._evidence.update(losses(batch, view, self.leave_one_out, shrinkages, shares))
-        self._pool.update(view.totals.map(lambda total: total.sum(0)).stacked())
+            shrinkages, shares = (t.to(batch.rewards) for t in (self._selection.shrinkages(), self._selection.recall))
+            self._selection.update(losses(batch, visible, self.leave_one_out, shrinkages, shares))
+        self._pool.update(visible.totals.map(lambda total: total.sum(0)).stacked())
         if batch.prompts is not None:
             mean_weight = Sums.unstack(self._pool.sums).per_output().w
             scale = 1 / mean_weight.clamp_min(1e-290 if mean_weight.dtype == torch.float64 else 1e-30)
-            seen = view.totals
+            seen = visible.totals
             self._memory.update(batch.prompts, Sums(seen.wr * scale, seen.w * scale, seen.r, seen.n).stacked())
 
     # --------------------------------------------------------------------------------------------------- the state
     def _parts(self) -> dict[str, Any]:
-        return {"pool": self._pool, "evidence": self._evidence, "memory": self._memory}
+        return {"pool": self._pool, "selection": self._selection, "memory": self._memory}
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """All that was learned, as tensors that nobody else holds: loads with ``weights_only=True``.
@@ -319,7 +318,7 @@ class GradWeightedBaseline(nn.Module):
         load_state(self._parts(), state)
 
     def extra_repr(self) -> str:
-        kappa = "'auto'" if self._auto else float(self._evidence.kappas[0])
+        kappa = "'auto'" if self._auto else float(self._selection.kappas[0])
         return f"scope={self.scope!r}, leave_one_out={self.leave_one_out}, kappa={kappa}, decay={self.decay}"
 
 

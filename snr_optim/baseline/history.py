@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snr_kernels.precision import widest_dtype
+
 
 class Pool:
     """Sums of past batches, each batch ``decay`` times the weight of the next: ``[..., 4]``."""
@@ -39,7 +41,7 @@ class Pool:
         self.sums = self.decay * past + total
 
 
-class Evidence:
+class CandidateSelection:
     r"""Which candidate to take: the default, or the one whose gain over it is the surest.
 
     A candidate's loss is its second moment ``sum w (r - b)^2`` over batches that it had not seen. Up to terms without
@@ -140,12 +142,12 @@ def load_state(parts: dict[str, Any], state: dict[str, Tensor]) -> None:
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.is_floating_point() != own[key].is_floating_point():
             raise ValueError(f"state_dict: {key}: expected a tensor like {own[key].dtype}, got {value!r}")
-    settings = ("evidence.kappas", "evidence.recall")
+    settings = ("selection.kappas", "selection.recall")
     if any(state[key].tolist() != own[key].tolist() for key in settings):
         raise ValueError("state_dict: from a baseline with other settings of scope or kappa")
     ids, sums, pool = state["memory.ids"], state["memory.sums"], state["pool.sums"]
     tables = all(
-        state[f"evidence.{name}"].shape == own["evidence.losses"].shape for name in ("losses", "gains", "squares")
+        state[f"selection.{name}"].shape == own["selection.losses"].shape for name in ("losses", "gains", "squares")
     )
     if not tables or pool.dim() not in (1, 2) or pool.shape[-1] != 4 or sums.shape != (*ids.shape, 4) or ids.dim() != 1:
         raise ValueError(
@@ -160,7 +162,7 @@ def load_state(parts: dict[str, Any], state: dict[str, Tensor]) -> None:
 
 def move(parts: dict[str, Any], device: torch.device) -> None:
     """Bring all tensors to a device; floats are float64, float32 on mps."""
-    exact = torch.float32 if device.type == "mps" else torch.float64
+    exact = widest_dtype(device)
     for key, value in state_of(parts).items():
         dtype = exact if value.is_floating_point() else value.dtype
         if value.device != device or value.dtype != dtype:

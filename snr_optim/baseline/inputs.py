@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snr_kernels.precision import widest_dtype
 from snr_optim.prompt_groups import PromptGroups
 
 # So that sums of w r stay finite: (rewards, weights), by the precision that is worked in.
@@ -49,7 +50,7 @@ def check(rewards: Any, weights: Any, groups: Any, ratios: Any = None, prompts: 
         raise TypeError(f"rewards: expected a real tensor [B] or [B, T], got {_described(rewards)}")
     if rewards.dim() == 2 and not rewards.shape[1]:
         raise ValueError(f"rewards: expected at least one token, got shape {list(rewards.shape)}")
-    coarse = rewards.device.type == "mps" or (rewards.dim() > 1 and rewards.numel() > EXACT_UP_TO)
+    coarse = widest_dtype(rewards.device) == torch.float32 or (rewards.dim() > 1 and rewards.numel() > EXACT_UP_TO)
     r = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32) if coarse else torch.float64)
     w = torch.ones_like(r) if weights is None else _like("weights", weights, rewards).to(r)
     if ratios is not None:

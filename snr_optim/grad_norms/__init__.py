@@ -1,4 +1,4 @@
-"""Squared gradient norms of single sequences, ``||grad log pi(o_i)||^2``: the weights of the baseline."""
+"""Squared gradient norms of single sequences, ``||grad log pi(o_i)||^2``: they are the weights of the baseline."""
 
 from snr_optim.grad_norms.functional import per_sample_grad_norms_func as per_sample_grad_norms_func
 from snr_optim.grad_norms.per_sample import PerSampleGradNorms as PerSampleGradNorms

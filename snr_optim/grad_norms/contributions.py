@@ -1,7 +1,8 @@
-"""What a layer does to a parameter in one call: the gradient it adds, kept as the factors that it is a product of.
+"""A contribution is what one call of a layer adds to the gradient of a parameter; it is kept as a product's factors.
 
-A use tells its squared norm per unit, its inner product with another use of the same parameter (tied embeddings, a
-module that is called twice), and, to check the others, the gradient itself.
+It knows its squared norm per unit, its inner product with another contribution to the same parameter (tied
+embeddings, a module that is called twice), and, so that those two can be checked, the gradient itself. A unit is one
+sequence, or several that are measured as one.
 """
 
 from __future__ import annotations
@@ -9,59 +10,61 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from snr_kernels.dispatch import exact_dtype
 from snr_kernels.linear_grad_norms import linear_grad_norms
-from snr_kernels.norm_embedding_grad_norms import _torch as norms_torch
-from snr_kernels.norm_embedding_grad_norms import embedding_grad_norms, normalization_grad_norms
+from snr_kernels.norm_embedding_grad_norms import embedding_grad_norms, normalised, normalization_grad_norms
+from snr_kernels.precision import exact_dtype
 from snr_kernels.segments import Segments, segment_sums
 
-COLUMNS = 1 << 25  # numbers in a block of a product of tokens with tokens
+MOST_PRODUCTS = 1 << 25  # inner products of tokens with tokens that are in memory at once
 
 
-class Use(Protocol):
+class Contribution(Protocol):
     """A gradient that one call of a layer adds to one of its parameters."""
 
     def squared(self) -> Tensor:
         """Squared norm per unit, ``[S]``."""
 
-    def inner(self, other: Use) -> Tensor:
-        """Inner product per unit with another use of the same parameter, ``[S]``."""
+    def inner(self, other: Contribution) -> Tensor:
+        """Inner product per unit with another contribution to the same parameter, ``[S]``."""
 
     def gradient(self) -> Tensor:
-        """The sum over all units, of the shape of the parameter."""
+        """The sum over all units, in the shape of the parameter."""
 
-    def largest(self) -> Tensor:
-        """What the norm of that would be if nothing cancelled, or more: the scale of its rounding."""
+    def norm_bound(self) -> Tensor:
+        """A bound on the norm of that sum if nothing cancelled: the scale of its rounding."""
 
 
-class Source:
-    """The tensor that a layer was given: equal for layers that were given the same one."""
+Contributions: TypeAlias = dict[str, Contribution]  # by the name of the parameter within its module
+
+
+class InputIdentity:
+    """Tells whether two layers were given the same tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor  # kept, or another could come to lie in its place
+        self._tensor = tensor  # held, as another tensor could otherwise come to lie in its place
         self._mark = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
 
-    def is_same(self, other: Source | None) -> bool:
+    def is_same(self, other: InputIdentity | None) -> bool:
         return other is not None and self._mark == other._mark
 
 
 @dataclass
-class MatrixUse:
-    """Of a matrix ``[d_out, d_in]``: ``sum_t left_t right_t^T``.
+class MatrixContribution:
+    """``sum_t left_t right_t^T`` for a matrix ``[d_out, d_in]``.
 
     Attributes:
         left: ``[N, d_out]``, or ``[N]`` ids that stand for one-hot rows.
         right: ``[N, d_in]``.
         segments: bounds of the units in the rows.
-        shape: of the matrix.
+        shape: the shape of the matrix.
         transposed: whether the parameter is kept as ``[d_in, d_out]``.
         padding_idx: the id whose row gets no gradient.
-        source: what ``right`` was taken from.
+        layer_input: the tensor from which ``right`` was taken, to find layers that were given the same one.
     """
 
     left: Tensor
@@ -70,7 +73,7 @@ class MatrixUse:
     shape: tuple[int, int]
     transposed: bool = False
     padding_idx: int | None = None
-    source: Source | None = None
+    layer_input: InputIdentity | None = None
 
     @property
     def one_hot(self) -> bool:
@@ -81,11 +84,11 @@ class MatrixUse:
             return embedding_grad_norms(self.left, self.right, self.segments, padding_idx=self.padding_idx)
         return linear_grad_norms(self.right, self.left, self.segments)
 
-    def inner(self, other: Use) -> Tensor:
-        r"""``sum_{t,u} (left_t . left'_u) (right_t . right'_u)``: nothing of the size of the matrix."""
-        if isinstance(other, PerUnitUse):
+    def inner(self, other: Contribution) -> Tensor:
+        r"""``sum_{t,u} (left_t . left'_u) (right_t . right'_u)``, which needs nothing of the size of the matrix."""
+        if isinstance(other, PerUnitContribution):
             return other.inner(self)
-        assert isinstance(other, MatrixUse)
+        assert isinstance(other, MatrixContribution)
         if self.transposed != other.transposed:
             raise RuntimeError("a weight is tied to its own transpose: not supported")
         exact = exact_dtype(self.right, other.right)
@@ -94,7 +97,7 @@ class MatrixUse:
             total = torch.zeros((), dtype=exact, device=self.right.device)
             theirs = slice(*other.segments.bounds[s : s + 2])
             first, last = self.segments.bounds[s : s + 2]
-            step = max(1, COLUMNS // max(1, theirs.stop - theirs.start))
+            step = max(1, MOST_PRODUCTS // max(1, theirs.stop - theirs.start))
             for start in range(first, last, step):
                 mine = slice(start, min(last, start + step))
                 of_right = self._right(mine).to(exact) @ other._right(theirs).to(exact).T
@@ -102,12 +105,12 @@ class MatrixUse:
             totals.append(total)
         return torch.stack(totals)
 
-    def narrowed(self, ids: Tensor, segments: Segments) -> NarrowUse:
-        """For its inner product with a use of these ids, and with no other: only those columns of ``left`` are kept."""
+    def narrowed(self, ids: Tensor, segments: Segments) -> NarrowedMatrixContribution:
+        """Keep the columns of ``left`` that these ids select: all that the inner product with their embedding needs."""
         columns = []
         for mine, theirs in zip(pairwise(self.segments.bounds), pairwise(segments.bounds), strict=True):
             columns.append(self.left[slice(*mine)][:, ids[slice(*theirs)]])
-        return NarrowUse(self.squared(), columns, self.right, self.segments)
+        return NarrowedMatrixContribution(self.squared(), columns, self.right, self.segments)
 
     def gradient(self) -> Tensor:
         exact = exact_dtype(self.right)
@@ -117,7 +120,7 @@ class MatrixUse:
         gradient = self.left.to(exact).T @ right
         return gradient.T if self.transposed else gradient
 
-    def largest(self) -> Tensor:
+    def norm_bound(self) -> Tensor:
         return _size(self.right) * (math.sqrt(len(self.left)) if self.one_hot else _size(self.left))
 
     def sketch(self, signs: Tensor) -> Tensor:
@@ -143,22 +146,22 @@ class MatrixUse:
 
 
 @dataclass
-class NarrowUse:
-    """What is left of the use of a matrix that is tied to an embedding: its norm, and what the ids select of it.
+class NarrowedMatrixContribution:
+    """What has to be kept for a matrix that is tied to an embedding: its norms, and the columns that the ids select.
 
-    The gradient of all logits would otherwise stay in memory until the embedding's comes, last of all.
+    The gradient of all logits would otherwise stay in memory until the embedding's gradient comes, last of all.
     """
 
     norms: Tensor
-    columns: list[Tensor]  # of each unit, [T, number of ids]
+    columns: list[Tensor]  # [T, number of ids] for each unit
     right: Tensor
     segments: Segments
 
     def squared(self) -> Tensor:
         return self.norms
 
-    def inner(self, other: Use) -> Tensor:
-        assert isinstance(other, MatrixUse)
+    def inner(self, other: Contribution) -> Tensor:
+        assert isinstance(other, MatrixContribution)
         assert other.one_hot
         totals = []
         for s, columns in enumerate(self.columns):
@@ -169,10 +172,10 @@ class NarrowUse:
         return torch.stack(totals)
 
     def gradient(self) -> Tensor:
-        raise NotImplementedError("checked before it was narrowed")
+        raise NotImplementedError("the gradient is compared before the contribution is narrowed")
 
-    def largest(self) -> Tensor:
-        raise NotImplementedError("checked before it was narrowed")
+    def norm_bound(self) -> Tensor:
+        raise NotImplementedError("the gradient is compared before the contribution is narrowed")
 
 
 def _size(x: Tensor) -> Tensor:
@@ -181,7 +184,7 @@ def _size(x: Tensor) -> Tensor:
 
 
 def _products(left: Tensor, other: Tensor, exact: torch.dtype) -> Tensor:
-    """Inner products of rows, of which either side may be ids that stand for one-hot rows: ``[n, m]``."""
+    """Inner products of rows, ``[n, m]``; ids on either side stand for one-hot rows."""
     if left.dim() == 1 and other.dim() == 1:
         return (left[:, None] == other).to(exact)
     if left.dim() == 1:
@@ -191,8 +194,8 @@ def _products(left: Tensor, other: Tensor, exact: torch.dtype) -> Tensor:
     return left.to(exact) @ other.to(exact).T
 
 
-class VectorUse:
-    """Of a parameter whose gradient per unit is small enough to be had: biases, scales of norms."""
+class VectorContribution:
+    """For a parameter whose gradient per unit is small enough to be formed: biases, scales of normalization layers."""
 
     def sums(self) -> Tensor:
         """The gradient per unit, flattened: ``[S, numel]``."""
@@ -201,21 +204,21 @@ class VectorUse:
     def squared(self) -> Tensor:
         return self.sums().square().sum(-1)
 
-    def inner(self, other: Use) -> Tensor:
-        assert isinstance(other, VectorUse)
+    def inner(self, other: Contribution) -> Tensor:
+        assert isinstance(other, VectorContribution)
         return (self.sums() * other.sums()).sum(-1)
 
     def gradient(self) -> Tensor:
         return self.sums().sum(0)
 
-    def largest(self) -> Tensor:
+    def norm_bound(self) -> Tensor:
         sums = self.sums()
         return _size(sums) * math.sqrt(len(sums))
 
 
 @dataclass
-class BiasUse(VectorUse):
-    """``sum_t G_t``."""
+class BiasContribution(VectorContribution):
+    """``sum_t G_t`` for a bias."""
 
     grad_outputs: Tensor  # [N, d]
     segments: Segments
@@ -223,13 +226,13 @@ class BiasUse(VectorUse):
     def sums(self) -> Tensor:
         return segment_sums(self.grad_outputs.to(exact_dtype(self.grad_outputs)), self.segments)
 
-    def largest(self) -> Tensor:
+    def norm_bound(self) -> Tensor:
         return _size(self.grad_outputs) * math.sqrt(len(self.grad_outputs))
 
 
 @dataclass
-class ScaleUse(VectorUse):
-    """``sum_t G_t x^_t`` of RMSNorm or LayerNorm."""
+class NormalizationScaleContribution(VectorContribution):
+    """``sum_t G_t x^_t`` for the scale of an RMSNorm or a LayerNorm."""
 
     inputs: Tensor  # [N, d]
     grad_outputs: Tensor
@@ -242,21 +245,21 @@ class ScaleUse(VectorUse):
 
     def sums(self) -> Tensor:
         g = self.grad_outputs.to(exact_dtype(self.grad_outputs))
-        return segment_sums(g * norms_torch.normalised(self.inputs, self.eps, self.center), self.segments)
+        return segment_sums(g * normalised(self.inputs, self.eps, self.center), self.segments)
 
-    def largest(self) -> Tensor:
+    def norm_bound(self) -> Tensor:
         return _size(self.grad_outputs) * math.sqrt(self.grad_outputs.numel())  # x^ is of norm sqrt(d)
 
 
 @dataclass
-class PerUnitUse(VectorUse):
-    """Gradients per unit as they are."""
+class PerUnitContribution(VectorContribution):
+    """Gradients that were formed for each unit."""
 
     gradients: Tensor  # [S, *shape]
 
-    def inner(self, other: Use) -> Tensor:
-        r"""``sum_t left_t^T G right_t`` with a use of a matrix, as of an embedding that is tied to this layer."""
-        if not isinstance(other, MatrixUse):
+    def inner(self, other: Contribution) -> Tensor:
+        r"""``sum_t left_t^T G right_t`` with a matrix, such as an embedding that is tied to this layer."""
+        if not isinstance(other, MatrixContribution):
             return super().inner(other)
         gradients = self.gradients.to(exact_dtype(self.gradients, other.right))
         totals = []

@@ -1,4 +1,4 @@
-"""The exact squared gradient norm of every sample of any module, through ``torch.func``: slow, and the truth."""
+"""The slow twin of ``PerSampleGradNorms``: exact norms for every sample of any module, through ``torch.func``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from snr_kernels.precision import exact_dtype
+
 
 def per_sample_grad_norms_func(
     model: nn.Module,
@@ -17,13 +19,13 @@ def per_sample_grad_norms_func(
     *,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""``||grad_theta loss_i||^2`` of every sample ``i``, over all trainable parameters.
+    r"""``||grad_theta loss_i||^2`` for every sample ``i``, over all trainable parameters.
 
     .. math::
         w_i = \sum_{\theta} \|\nabla_\theta\, \ell(\theta; x_i)\|^2
 
     The gradient of each sample is built in full (``vmap(grad(...))``): memory is ``chunk_size`` times the
-    trainable parameters. Tied parameters count once, with their whole gradient; frozen ones not at all.
+    trainable parameters. Tied parameters count once, with their whole gradient; frozen ones do not count.
 
     Args:
         model: any module whose forward ``torch.func`` can trace: no in-place state, no data-dependent branch.
@@ -32,15 +34,15 @@ def per_sample_grad_norms_func(
             ``sample`` is the batch cut to one sample, its leading dimension kept (size 1), and ``model`` is called
             as usual. For policy gradients return the *sum* of the token log-probs.
         batch: a tensor, or nested dicts, lists and tuples of tensors, all with leading dimension ``B``.
-        chunk_size: samples at a time; all by default.
+        chunk_size: how many samples to take at a time; all by default.
 
     Returns:
         ``[B]``, float32 (float64 for a float64 model).
 
     Raises:
-        TypeError: ``batch`` holds something else than tensors.
-        ValueError: no trainable parameter, no tensor, leading dimensions that disagree, ``chunk_size < 1``,
-            or a loss that is no scalar.
+        TypeError: ``batch`` holds something other than tensors.
+        ValueError: there is no trainable parameter or no tensor, leading dimensions disagree, ``chunk_size < 1``,
+            or the loss is not a scalar.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -63,7 +65,7 @@ def per_sample_grad_norms_func(
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("model: expected at least one parameter with requires_grad")
-    exact = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
+    exact = exact_dtype(*parameters.values())
     if leaves[0].shape[0] == 0:
         return torch.zeros(0, dtype=exact, device=leaves[0].device)
 

@@ -1,4 +1,7 @@
-"""Where in an activation the tokens of a sequence are: padded batches, packed ones, several sequences as one unit."""
+"""Finds the tokens of each unit in an activation, for padded and for packed batches.
+
+A unit is what gets one norm: a sequence, or several sequences that are measured as one, such as those of a prompt.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from snr_optim.prompt_groups import PromptGroups
 class Layout:
     """How activations are cut into units.
 
-    An activation is a row of items, sequences of a padded batch or tokens of a packed one, each with as many vectors
-    as the layer makes of it. A unit is a run of items, after they were brought into order.
+    The first dimension of an activation counts items: sequences in a padded batch, tokens in a packed one. An item has
+    as many vectors as the layer makes of it. A unit is a run of items, after they were brought into order.
 
     Args:
-        items: along the first dimension of every activation.
+        items: the size of that dimension.
         units: bounds of the units, in items.
-        order: ``[items]``, a permutation that brings the items of each unit together; None where they are together.
+        order: ``[items]``, a permutation that brings the items of each unit together; None where they are already.
         packed: whether items are tokens, which may have a leading dimension of 1.
     """
 
@@ -32,8 +35,8 @@ class Layout:
         self._segments: dict[int, Segments] = {}
 
     @classmethod
-    def padded(cls, batch_size: int, groups: int | Tensor | None, device: torch.device) -> Layout:
-        """``[batch_size, ...]``, one item per sequence."""
+    def of_padded(cls, batch_size: int, groups: int | Tensor | None, device: torch.device) -> Layout:
+        """For activations ``[batch_size, ...]``: one item per sequence."""
         try:
             batch_size = operator.index(batch_size)
         except TypeError:
@@ -41,23 +44,29 @@ class Layout:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected a positive number of sequences, got {batch_size}")
         sequences = Segments.uniform(batch_size, 1, device)
-        return cls(batch_size, *_grouped(sequences, groups, device), packed=False)
+        return cls(batch_size, *_units_of(sequences, groups, device), packed=False)
 
     @classmethod
     def of_packed(cls, cu_seqlens: Tensor, groups: int | Tensor | None, device: torch.device) -> Layout:
-        """``[N, ...]`` or ``[1, N, ...]``, one item per token."""
+        """For activations ``[N, ...]`` or ``[1, N, ...]``: one item per token."""
         sequences = Segments.of(cu_seqlens)
         sequences = Segments(sequences.bounds, sequences.cu_seqlens.to(device))
-        return cls(sequences.rows, *_grouped(sequences, groups, device), packed=True)
+        return cls(sequences.rows, *_units_of(sequences, groups, device), packed=True)
 
     def __len__(self) -> int:
+        """The number of units."""
         return len(self._units)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the activations are."""
+        return self._units.cu_seqlens.device
+
     def items_of(self, x: Tensor) -> Tensor:
-        """``[items, ...]``, in the order of the tensor.
+        """An activation as ``[items, ...]``, in its own order.
 
         Raises:
-            ValueError: the tensor has other items.
+            ValueError: the activation does not have the items of this layout.
         """
         if self.packed:
             return self._tokens_of(x)
@@ -71,7 +80,7 @@ class Layout:
         )
 
     def _tokens_of(self, x: Tensor) -> Tensor:
-        """Of ``[tokens, ...]``, or of ``[1, ..., tokens, ..., d]``, as heads come first in some models."""
+        """Find them in ``[tokens, ...]``, or in ``[1, ..., tokens, ..., d]``, as heads come first in some models."""
         found = [n for n in range(1, x.dim() - 1) if x.shape[n] == self.items] if x.shape[:1] == (1,) else []
         if len(found) == 1:
             return x[0].movedim(found[0] - 1, 0)
@@ -83,7 +92,7 @@ class Layout:
         )
 
     def neighbours(self) -> Iterator[slice]:
-        """The items of each unit.
+        """The items of each unit, as a slice.
 
         Raises:
             RuntimeError: they are not neighbours.
@@ -93,23 +102,23 @@ class Layout:
         return (slice(start, end) for start, end in pairwise(self._units.bounds))
 
     def cut(self, x: Tensor) -> tuple[Tensor, Segments]:
-        """Vectors ``[N, d]`` of an activation ``[..., d]`` in the order of the units, and the bounds of those."""
+        """The vectors ``[N, d]`` of an activation ``[..., d]`` in the order of the units, and the units' bounds."""
         x = self.items_of(x)
         if self._order is not None:
             x = x.index_select(0, self._order)
-        of_item = x.shape[1:-1].numel()
-        if of_item not in self._segments:
-            self._segments[of_item] = self._units.times(of_item)
-        return x.reshape(-1, x.shape[-1]), self._segments[of_item]
+        vectors_per_item = x.shape[1:-1].numel()
+        if vectors_per_item not in self._segments:
+            self._segments[vectors_per_item] = self._units.times(vectors_per_item)
+        return x.reshape(-1, x.shape[-1]), self._segments[vectors_per_item]
 
     def cut_ids(self, ids: Tensor) -> tuple[Tensor, Segments]:
-        """The same of ids ``[...]``: ``[N]``."""
+        """The ids ``[N]`` of a tensor of ids ``[...]``, in the order of the units, and the units' bounds."""
         vectors, segments = self.cut(ids.unsqueeze(-1))
         return vectors.squeeze(-1), segments
 
 
-def _grouped(sequences: Segments, groups: int | Tensor | None, device: torch.device) -> tuple[Segments, Tensor | None]:
-    """The bounds of the units, and the order of items that they want."""
+def _units_of(sequences: Segments, groups: int | Tensor | None, device: torch.device) -> tuple[Segments, Tensor | None]:
+    """The bounds of the units in items, and the order of items that brings each unit together; or None."""
     if groups is None:
         return sequences, None
     partition = PromptGroups.of(groups, len(sequences))

@@ -1,4 +1,4 @@
-"""Stand-ins for the gradient norm of a sequence that need no backward pass."""
+"""Proxies of the gradient norm of a sequence: they need no backward pass, only logits or log-probs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from snr_kernels.checks import expect_integers
-from snr_kernels.logprob_stats import logprob_stats
-
-IGNORED = -100
+from snr_kernels.logprob_stats import IGNORE_INDEX, logprob_stats
 
 
 def logit_grad_norms(
@@ -27,13 +25,13 @@ def logit_grad_norms(
         labels: ``[...]`` integers; -100 gives 0.
         mask: ``[...]`` bool or 0/1; tokens that are not a policy's own choice (prompt, padding) give 0,
             whatever their logits and labels, which are not read.
-        temperature: of sampling, one or per token.
+        temperature: the sampling temperature, a number or one per token.
 
     Returns:
         ``[...]`` float32 (float64 for float64 logits), in ``[0, 2]``, without gradient.
 
     Raises:
-        TypeError, ValueError: as :func:`~snr_kernels.logprob_stats.logprob_stats`; a mask of another shape.
+        TypeError, ValueError: what :func:`~snr_kernels.logprob_stats.logprob_stats` raises; a mask of another shape.
 
     Example:
         >>> logits = torch.tensor([[[0.0, 0.0], [0.0, 30.0]]])
@@ -47,12 +45,14 @@ def logit_grad_norms(
         if mask.shape != labels.shape:
             raise ValueError(f"mask: expected the shape of labels, {list(labels.shape)}, got {list(mask.shape)}")
         expect_integers("labels", labels)  # before they are widened
-        labels = torch.where(mask.bool(), labels, torch.full_like(labels, IGNORED, dtype=torch.long))
+        labels = torch.where(mask.bool(), labels, torch.full_like(labels, IGNORE_INDEX, dtype=torch.long))
     if isinstance(temperature, Tensor):
         temperature = temperature.detach()
     with torch.no_grad():
         wanted = ["grad_norm_squared"]
-        return logprob_stats(logits, labels, temperature, ignore_index=IGNORED, outputs=wanted).grad_norm_squared
+        norms = logprob_stats(logits, labels, temperature, ignore_index=IGNORE_INDEX, outputs=wanted).grad_norm_squared
+    assert norms is not None  # it was asked for
+    return norms
 
 
 def chosen_token_grad_norms(log_probs: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from snr_optim._lr import LR, copies_of, lrs_of, unwrapped, write_lrs
+from snr_optim._lr import LR, copies_of, lrs_of, unwrapped_optimizer, write_lrs
 from snr_optim._torch import is_nested_step
 from snr_optim.scheduler import SNRAdaptiveLR
 
@@ -77,7 +77,7 @@ class ScaledSteps:
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, **options: Any) -> None:
-        self.optimizer: Optimizer = unwrapped(optimizer)
+        self.optimizer: Optimizer = unwrapped_optimizer(optimizer)
         self._ceilings: list[LR] | None = None  # kept here while the optimizer holds other lrs
         ceilings = self._current_lrs()
         self.scheduler = SNRAdaptiveLR(self.optimizer, **options)  # it writes its first lr, as all schedulers do

@@ -2,9 +2,6 @@
 
 from snr_optim.noise.accumulation import AccumulationSource as AccumulationSource
 from snr_optim.noise.averages import MomentAverages as MomentAverages
-from snr_optim.noise.data_parallel import DistributedDataParallelSource as DistributedDataParallelSource
-from snr_optim.noise.data_parallel import FullyShardSource as FullyShardSource
-from snr_optim.noise.data_parallel import source_of as source_of
 from snr_optim.noise.moments import GradientMoments as GradientMoments
 from snr_optim.noise.norms import AdamNorm as AdamNorm
 from snr_optim.noise.norms import Norm as Norm

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snr_kernels.precision import widest_dtype
 from snr_optim.noise.moments import ROUNDING, GradientMoments, Number, noise_of
 
 
@@ -160,7 +161,7 @@ class MomentAverages:
             # Filled in place, where copying a number over would wait for the device.
             return torch.full((), value, dtype=self.weight.dtype, device=self.weight.device)
         if value.device != self.weight.device:
-            dtype = torch.float32 if value.device.type == "mps" else torch.float64
+            dtype = widest_dtype(value.device)
             for name, state in vars(self).items():
                 if isinstance(state, Tensor):
                     setattr(self, name, state.to(value.device, dtype))

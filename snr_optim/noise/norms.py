@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from snr_kernels.precision import widest_dtype
+
 Norm: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (parameter, a gradient of it) -> 0-d, float32 at least
 
 CHUNK = 1 << 20  # elements that AdamNorm works on at a time
@@ -88,7 +90,7 @@ def _has_not_stepped(state: dict[str, Any]) -> bool:
 
 
 def _double(step: Any) -> Any:
-    return step.double() if isinstance(step, Tensor) and step.device.type != "mps" else step
+    return step.to(widest_dtype(step.device)) if isinstance(step, Tensor) else step
 
 
 def _chunks(values: Tensor) -> Iterator[Tensor]:
@@ -106,3 +108,35 @@ def _values(gradient: Tensor) -> Tensor:
 def _norm(values: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
     return norm
+
+
+class SquaresByGroup:
+    """Sums of squared norms over the parameters of each parameter group.
+
+    Args:
+        sizes: how many parameters each parameter group has; they are numbered in the order of the groups.
+        device: where the sums are taken.
+    """
+
+    def __init__(self, sizes: list[int], device: torch.device) -> None:
+        self._group_of = [number for number, size in enumerate(sizes) for _ in range(size)]
+        self._num_groups, self._device = len(sizes), device
+
+    def __call__(self, norms: dict[int, Tensor]) -> Tensor:
+        """Of norms by the number of their parameter; ``[parameter groups]``."""
+        by_group: list[list[Tensor]] = [[] for _ in range(self._num_groups)]
+        for i, norm in norms.items():
+            by_group[self._group_of[i]].append(norm)
+        return torch.stack([sum_of_squares(norms_of_group, self._device) for norms_of_group in by_group])
+
+
+def sum_of_squares(norms: list[Tensor], device: torch.device) -> Tensor:
+    """In float64 where the device has it; norms from several devices meet on ``device``."""
+    dtype = widest_dtype(device)
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for norm in norms:
+        by_device.setdefault(norm.device, []).append(norm)
+    total = torch.zeros((), dtype=dtype, device=device)
+    for of_device in by_device.values():
+        total = total + torch.stack(of_device).to(device, dtype).square().sum()
+    return total

@@ -84,7 +84,7 @@ def test_equals_the_slow_twin_over_several_batches(rows, kappa, prompts):
             fast.update(rewards, weights, **given)
             slow.update(batch)
             for k, m in itertools.product(range(len(slow.kappas)), range(3)) if slow.losses else ():
-                loss = float(fast.get_extra_state()["evidence.losses"][k, m])
+                loss = float(fast.get_extra_state()["selection.losses"][k, m])
                 assert loss == pytest.approx(slow.losses[slow.kappas[k], RECALL[m]], rel=1e-9, abs=1e-9)
         if prompts and scope == "shrink":
             state = fast.get_extra_state()
@@ -157,7 +157,7 @@ def test_parts_of_a_batch_are_worked_on_like_the_whole(monkeypatch):
     ids = torch.arange(10).repeat_interleave(4)
     whole, in_parts = GradWeightedBaseline(), GradWeightedBaseline()
     for block in (1 << 19, 12):
-        monkeypatch.setattr("snr_optim.baseline.candidates.BLOCK", block)
+        monkeypatch.setattr("snr_optim.baseline.estimator.BLOCK", block)
         baseline = whole if block > 12 else in_parts
         for _ in range(2):
             advantages = baseline.advantages(rewards, weights, prompts=ids, update=True)
@@ -407,7 +407,7 @@ def test_state_is_restored_bit_for_bit(tmp_path):
         ("pool.sums", torch.zeros(3, dtype=torch.float64)),
         ("memory.ids", torch.tensor([8, 3])),
         ("memory.sums", "none"),
-        ("evidence.gains", torch.zeros(1, 1, dtype=torch.float64)),
+        ("selection.gains", torch.zeros(1, 1, dtype=torch.float64)),
     ):
         with pytest.raises(ValueError, match="state_dict"):
             resumed.set_extra_state(good | {name: bad})
@@ -442,11 +442,11 @@ def test_hostile_batches_leave_no_trace():
     assert all(torch.equal(value, state[name]) for name, value in baseline.get_extra_state().items())
     tiny = torch.full_like(weights, 1e-310, dtype=torch.float64)
     baseline.update(rewards, tiny, prompts=torch.arange(8) // 4)
-    for power in (153.0, 153.5, 154.0):  # squares of the evidence overflow, and are not taken
+    for power in (153.0, 153.5, 154.0):  # squares of the gains overflow, and are not taken
         baseline.update(rewards, 10**power * weights.double(), groups=4)
     baseline.update(1e50 * rewards.double(), 1e250 * weights.double(), groups=4)
     baseline.update(torch.full_like(rewards, math.nan), weights, groups=4)
     baseline.update(rewards, torch.zeros_like(weights), groups=4)
     baseline.update(rewards[:0], weights[:0], groups=4)
     state = baseline.get_extra_state()
-    assert all(value.isfinite().all() for name, value in state.items() if name != "evidence.kappas")
+    assert all(value.isfinite().all() for name, value in state.items() if name != "selection.kappas")

@@ -7,7 +7,7 @@ import torch
 from bandit import SoftmaxBandit, TwoTokenLM, every_batch, expected_gradient, forced
 
 from snr_optim import GradWeightedBaseline
-from snr_optim.baseline.history import Evidence, Pool
+from snr_optim.baseline.history import CandidateSelection, Pool
 
 BANDITS = [
     SoftmaxBandit(torch.tensor([0.3, -1.0, 2.0]), torch.tensor([1.0, 0.0, 0.2])),
@@ -137,7 +137,7 @@ def test_own_output_included_is_biased(scope):
 def test_kappa_chosen_on_the_same_batch_is_biased(monkeypatch):
     """Each output is still left out of its own baseline; that it helps to choose which one is enough."""
 
-    monkeypatch.setattr(Evidence, "ERRORS", 0.0)  # any gain is enough
+    monkeypatch.setattr(CandidateSelection, "ERRORS", 0.0)  # any gain is enough
 
     def advantages(r, w):
         chosen = GradWeightedBaseline()

@@ -48,8 +48,8 @@ def call(command, monkeypatch):
     for name, value in gpu.surroundings(CPU).items():
         monkeypatch.setenv(name, value)
     words = list(command.words)
+    assert words.pop(0) == "-m"
     name = words.pop(0)
-    name = words.pop(0) if name == "-m" else Path(name).stem  # examples are on the path of the tests
     if name == "pytest":
         assert pytest.main(words) == 0
         return
@@ -65,7 +65,7 @@ def test_every_command_runs(name, tmp_path, monkeypatch, no_peers, cheap_collect
     if name == "fsdp" and torch.__version__.startswith("2.6"):
         pytest.skip("its fully_shard is not for CPUs")
     if name == "ddp":  # without torchrun, which fsdp is started by
-        command = command._replace(words=command.words[command.words.index("examples/ddp_fsdp.py") :])
+        command = command._replace(words=command.words[command.words.index("examples.ddp_fsdp") - 1 :])
     call(command, monkeypatch)
     if not command.writes:
         return
@@ -93,10 +93,10 @@ def test_the_options_for_a_gpu_are_known(name, tmp_path, monkeypatch, capsys):
         [path] = [word for word in command.words if word.endswith(".py")]
         assert (ROOT / path).is_file()
         return
-    script = max(index for index, word in enumerate(command.words) if word.startswith(("benchmarks.", "examples/")))
-    words = ["-m", *command.words[script:]] if command.writes else command.words[script:]
+    module = max(index for index, word in enumerate(command.words) if word.startswith(("benchmarks.", "examples.")))
+    words = command.words[module - 1 :]
     with pytest.raises(SystemExit) as error:
-        call(command._replace(words=tuple(words)), monkeypatch)
+        call(command._replace(words=words), monkeypatch)
     assert "no GPU here" in capsys.readouterr().err or "'cuda' is not available here" in str(error.value)
     if "--models" in words and name.startswith("per_sample"):
         assert set(words[words.index("--models") + 1 :]) <= {case[0] for case in per_sample_norms.CASES["cuda"]}
@@ -249,12 +249,12 @@ def test_no_command_takes_longer_than_it_may_and_its_children_end_with_it(rehear
     rehearsal.add("says", "try:\n    time.sleep(60)\nfinally:\n    print('what failed so far')")
     rehearsal.add("works")
     start = time.monotonic()
-    code, out = rehearsal("--limit", 1.5)
-    assert time.monotonic() - start < 20
+    code, out = rehearsal("--limit", 4)  # time to start in, on a busy machine
+    assert time.monotonic() - start < 40
     rows = rehearsal.rows()
     assert code == 1
     assert [row["status"] for row in rows.values()] == ["timed out", "timed out", "passed"]
-    assert rows["hangs"]["why"] == "no end after 1.5 s"
+    assert rows["hangs"]["why"] == "no end after 4 s"
     assert rows["hangs"]["rows"] == 1
     assert "what failed so far" in rows["says"]["output"]
     assert "hangs: timed out" in out

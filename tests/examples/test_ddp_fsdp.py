@@ -13,30 +13,30 @@ import time
 from functools import partial
 from pathlib import Path
 
-import ddp_fsdp
 import pytest
 import torch
 import torch.distributed as dist
-from arithmetic import is_correct, problems
-from ddp_fsdp import parse_arguments
 from paths import ROOT, environment
-from policy import baseline_weights, local_model, sequence_log_probs, tiny_qwen3, warm_start
-from runs import read_metrics
 
+from examples import ddp_fsdp
+from examples.common.arithmetic import is_correct, problems
+from examples.common.policy import local_model, logit_weights, sequence_log_probs, tiny_qwen3, warm_start
+from examples.common.runs import read_metrics
+from examples.ddp_fsdp import parse_arguments
 from snr_optim import GradientMoments, GradWeightedBaseline
 
-SCRIPT = ROOT / "examples" / "ddp_fsdp.py"
 GROUP, MICRO_BATCHES = 4, 2  # of each process
 SMALL = ["--prompts", "8", "--group-size", str(GROUP), "--micro-batches", str(MICRO_BATCHES),
          "--warm-start-steps", "1", "--device", "cpu"]  # fmt: skip
 KINDS = ["ddp"] if torch.__version__.startswith("2.6") else ["ddp", "fsdp"]  # whose fully_shard is not for CPUs
 
 
-def launch(script, *words):
+def launch(*words):
     """By ``torchrun``, two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
     return subprocess.Popen(
         list(map(str, command)),
+        cwd=ROOT,
         env=environment(OMP_NUM_THREADS="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -134,7 +134,7 @@ def test_the_first_step_is_measured_as_one_process_does(folder, kind):
         texts = tokenizer.batch_decode(rollout["input_ids"][:, -length:], skip_special_tokens=True)
         batch = problems(8, 0, 0)[rank::2]
         rewards += [float(is_correct(text, batch[i // GROUP])) for i, text in enumerate(texts)]
-        weights.append(baseline_weights("logit", model, rollout))
+        weights.append(logit_weights(model, rollout))
         size = len(texts) // MICRO_BATCHES
         parts += [{name: t[i : i + size] for name, t in rollout.items()} for i in range(0, len(texts), size)]
     rewards = torch.tensor(rewards)
@@ -162,7 +162,17 @@ def test_ranks_of_fully_shard_may_end_their_samples_at_different_tokens(folder):
 
 def test_ctrl_c_ends_all_ranks_after_the_same_step(tmp_path):
     process = launch(
-        SCRIPT, *SMALL, "--warm-start-steps", 1, "--parallel", KINDS[-1], "--steps", 10**6, "--out", tmp_path
+        "-m",
+        "examples.ddp_fsdp",
+        *SMALL,
+        "--warm-start-steps",
+        1,
+        "--parallel",
+        KINDS[-1],
+        "--steps",
+        10**6,
+        "--out",
+        tmp_path,
     )
     deadline = time.monotonic() + 120
     while len(read_metrics(tmp_path)) < 2 and time.monotonic() < deadline:
@@ -193,7 +203,7 @@ def test_where_a_rank_fails_all_end(folder):
         (["--steps", "many"], "--steps"),
         (["--lr", "nan"], "--lr"),
         (["--every", "0"], "--every"),
-        (["--out", str(SCRIPT)], "--out"),
+        (["--out", __file__], "--out"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )

@@ -7,10 +7,11 @@ import random
 from fractions import Fraction
 
 import pytest
-from arithmetic import Problem
 from hypothesis import given
 from hypothesis import strategies as st
-from math_problems import final_answer, is_correct, load_problems, normalised, number, same_answer
+
+from examples.common.arithmetic import Problem
+from examples.common.math_problems import final_answer, is_correct, load_problems, normalised, number, same_answer
 
 GOOD = b'{"question": "6*7?", "answer": "six times seven\\n#### 42"}'
 FRACTIONS = st.fractions(-(10**6), 10**6, max_denominator=1000)

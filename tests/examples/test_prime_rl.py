@@ -19,12 +19,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pages
-import prime_rl_loss
 import pytest
 import torch
-from prime_rl_loss import DECAY, gradient_weight, group_advantages, reinforce
 from torch import Tensor
 
+from examples import prime_rl_loss
+from examples.prime_rl_loss import DECAY, gradient_weight, group_advantages, reinforce
 from snr_optim import GradientMoments, GradWeightedBaseline, SNRAdaptiveLR, logit_grad_norms
 
 try:
@@ -55,6 +55,12 @@ def stand_in_loss(*, trainer_logprobs, inference_logprobs, advantages, loss_mask
         if weights is None or mask.any():
             total = total + rl_loss_fn(LossInputs(ours, theirs, None, credit, mask, weights)).loss
     return total / rl_scale
+
+
+@pytest.fixture(autouse=True)
+def on_the_path(monkeypatch):
+    """The folder with the copied file, as the page tells the reader to put it there."""
+    monkeypatch.syspath_prepend(str(Path(prime_rl_loss.__file__).parent))
 
 
 @pytest.fixture(params=["stand-in", "prime-rl"])
@@ -319,7 +325,7 @@ def test_the_lines_for_the_trainer_measure_what_the_sub_batches_say():
     reference.observe(
         GradientMoments(
             sq_norm_of_mean=(shares[:, None] * means).sum(0).square().sum().item(),
-            mean_of_sq_norms=(shares * means.square().sum(1)).sum().item(), num=4,
+            mean_of_sq_norms=(shares * means.square().sum(1)).sum().item(), num_sub_batches=4,
         )
     )  # fmt: skip
     used = loop.step(micro_batches, scale)

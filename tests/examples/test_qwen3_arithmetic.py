@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from arithmetic import Problem, is_correct, problems
-from options import parse_arguments
-from paths import ROOT
-from policy import baseline_weights, sample, sequence_log_probs, tiny_qwen3
-from report import steps_to
-from runs import read_metrics
+from paths import ROOT, environment
+from rich.console import Console
 
-SCRIPT = str(ROOT / "examples" / "qwen3_arithmetic.py")
+from examples import qwen3_arithmetic as example
+from examples.common.arithmetic import Problem, is_correct, problems
+from examples.common.policy import sample, sequence_log_probs, tiny_qwen3
+from examples.common.report import report, steps_to
+from examples.common.runs import read_metrics
+from snr_optim import GradWeightedBaseline, PerSampleGradNorms, SNRAdaptiveLR, per_sample_grad_norms_func
+
 SMALL = ["--prompts", "4", "--group-size", "4", "--micro-batches", "2", "--warm-start-steps", "3"]
 
 
 def command(*words):
-    return [sys.executable, SCRIPT, *SMALL, *map(str, words)]
+    return [sys.executable, "-m", "examples.qwen3_arithmetic", *SMALL, *map(str, words)]
 
 
 def run(*words):
-    return subprocess.run(command(*words), capture_output=True, text=True)
+    return subprocess.run(command(*words), capture_output=True, text=True, cwd=ROOT, env=environment())
 
 
 def rows_without_time(folder):
@@ -64,12 +69,121 @@ def test_all_methods_in_two_processes_write_table_summary_and_picture(tmp_path):
     first = json.loads((tmp_path / "grpo-seed-1" / "metrics.jsonl").read_text().splitlines()[0])
     assert {"step", "reward", "lr", "factor", "snr", "signal", "noise", "gradient_norm"} <= set(first)
     assert {"advantage_variance", "tokens", "seconds"} <= set(first)
+    assert {"snr/snr_standard_error", "snr/skipped_invalid"} <= set(first)
+    assert not any(name.startswith("baseline/") for name in first)  # GRPO's has nothing to say
+    ours = json.loads((tmp_path / "oblr-po-seed-1" / "metrics.jsonl").read_text().splitlines()[0])
+    assert ours["lr"] == ours["snr/lr"] == pytest.approx(ours["snr/ceiling"] * ours["factor"])
+    assert {"baseline/kappa", "baseline/second_moment"} <= set(ours)
+
+
+# -- one method in this process ----------------------------------------------------------------------------------------
+
+
+def train_here(method, folder, *words):
+    """The rows that it logs."""
+    args = example.parse_arguments([*SMALL, "--steps", "2", "--out", str(folder), *map(str, words)])
+    example.WarmStart(args, 0)(lambda row: None)
+    job = example.Training(args, method, 0)
+    job(lambda row: None)
+    return rows_without_time(job.folder)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What ``train`` sampled and from which weights, what its baseline was given, and who hooked the model."""
+    seen = SimpleNamespace(rollouts=[], policies=[], weights=[], hooked=[])
+
+    def recorded(model, *args):
+        seen.policies.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        seen.rollouts.append(sample(model, *args))
+        return seen.rollouts[-1]
+
+    class Baseline(GradWeightedBaseline):
+        def advantages(self, rewards, weights=None, **options):
+            seen.weights.append(weights)
+            return super().advantages(rewards, weights, **options)
+
+    class Norms(PerSampleGradNorms):
+        def __init__(self, model):
+            seen.hooked.append("norms")
+            super().__init__(model)
+
+    class Scheduler(SNRAdaptiveLR):
+        def attach(self, model):
+            seen.hooked.append("noise")
+            return super().attach(model)
+
+    monkeypatch.setattr(example, "sample", recorded)
+    monkeypatch.setattr(example, "PerSampleGradNorms", Norms)
+    monkeypatch.setattr(example, "SNRAdaptiveLR", Scheduler)
+    methods = {name: replace(each, baseline=lambda scope: Baseline()) for name, each in example.METHODS.items()}
+    monkeypatch.setattr(example, "METHODS", methods)
+    return seen
+
+
+def test_the_weights_are_the_squared_norms_of_every_output(seen, tmp_path):
+    """By torch.func, output by output. Both sum float32 products in another order: 1e-6 or so, and 1e-4 is ample."""
+    train_here("oblr-po", tmp_path)
+    assert len(seen.policies) == len(seen.weights) == 2
+    model, _ = tiny_qwen3(0)
+    for policy, (rollout, _), weights in zip(seen.policies, seen.rollouts, seen.weights, strict=True):
+        model.load_state_dict(policy)
+        expected = per_sample_grad_norms_func(model, lambda m, one: sequence_log_probs(m, one).sum(), rollout)
+        assert weights.shape == (16,)
+        assert torch.allclose(weights, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "hooked", "weighted"),
+    [
+        ("oblr-po", [], ["noise", "norms"], True),
+        ("oblr-po", ["--weights", "logit", "--no-measure"], ["noise"], True),
+        ("oblr-po", ["--weights", "none"], ["noise"], False),
+        ("rloo", [], ["noise"], False),
+        ("rloo", ["--no-measure"], [], False),
+        ("reinforce", ["--no-measure"], [], False),
+    ],
+)
+def test_a_method_pays_for_the_hooks_that_it_uses(seen, tmp_path, method, words, hooked, weighted):
+    rows = train_here(method, tmp_path, *words)
+    assert seen.hooked == hooked
+    assert ("snr/snr" in rows[0]) == ("noise" in hooked)
+    assert [weights is not None for weights in seen.weights] == [weighted, weighted]
+
+
+@pytest.fixture
+def easy(monkeypatch):
+    """A verifier that a policy without training satisfies now and then."""
+    monkeypatch.setattr(example, "is_correct", lambda text, problem: len(text) % 2 == 0)
+
+
+def test_measuring_does_not_change_the_training(easy, tmp_path):
+    measured, bare = (train_here("grpo", tmp_path / word, f"--{word}") for word in ("measure", "no-measure"))
+    assert 0 < float(measured[0]["reward"]) < 1
+    for name in ("reward", "lr", "advantage_variance", "tokens"):
+        assert [row[name] for row in measured] == [row[name] for row in bare]
+    assert {row["noise"] for row in bare} == {"nan"}
+    console = Console(file=io.StringIO(), width=120)
+    report(tmp_path, {"grpo": [tmp_path / "no-measure" / "grpo-seed-0"]}, example.METHODS, console)
+    assert json.loads((tmp_path / "summary.json").read_text())["methods"]["grpo"]["gradient_norm_spread"] is None
+    assert "GRPO" in console.file.getvalue()
+
+
+def test_the_smoothing_may_be_that_of_the_library(easy, tmp_path):
+    assert example.parse_arguments([]).smoothing == 0.9
+    auto, number = (train_here("oblr-po", tmp_path, "--smoothing", value)[1] for value in ("auto", "0.95"))
+    # Step 0 says nothing about errors yet. From then on auto pulls the factor to its floor, by its standard error.
+    assert auto["snr/signal"] == number["snr/signal"]
+    assert float(auto["factor"]) < float(number["factor"])
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_keeps_what_was_done(tmp_path, jobs):
     words = command("--method", "rloo", "--seeds", 0, 1, "--steps", 100_000, "--jobs", jobs, "--out", tmp_path)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while len(read_metrics(tmp_path / "rloo-seed-0")) < 3 and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -101,6 +215,7 @@ def test_a_local_model_takes_the_place_of_the_built_in_one(tmp_path):
         (["--steps", "many"], "--steps"),
         (["--lr", "-1"], "--lr"),
         (["--smoothing", "1"], "--smoothing"),
+        (["--smoothing", "little"], "--smoothing"),
         (["--seeds", "1", "1"], "--seeds"),
         (["--device", "abacus"], "--device"),
         (["--no-such-option"], "--no-such-option"),
@@ -108,7 +223,7 @@ def test_a_local_model_takes_the_place_of_the_built_in_one(tmp_path):
 )
 def test_bad_options_get_one_line(words, names):
     with pytest.raises(SystemExit) as error:
-        parse_arguments(words)
+        example.parse_arguments(words)
     assert names in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -129,8 +244,6 @@ def test_log_probs_are_those_of_the_sampler():
         one = {name: tensor[i : i + 1] for name, tensor in rollout.items()}
         assert torch.allclose(sequence_log_probs(model, one), expected[None], atol=1e-4)
     assert num <= 6
-    assert baseline_weights("exact", model, rollout).shape == (10,)
-    assert baseline_weights("none", model, rollout) is None
 
 
 def test_verifier_and_problems():

@@ -15,12 +15,12 @@ from paths import ROOT
 pytest.importorskip("trl", reason="a trainer that is optional")
 
 import trl
-import trl_grpo
 from datasets import Dataset
 from pages import DOCS, changed_lines, code
-from policy import tiny_qwen3, warm_start
 from transformers.trainer_utils import get_last_checkpoint
 
+from examples import trl_grpo
+from examples.common.policy import tiny_qwen3, warm_start
 from snr_optim.integrations.transformers import SNRCallback
 from snr_optim.integrations.trl import TESTED, check_unbiased
 
@@ -40,7 +40,7 @@ def rows_of(folder):
 
 def test_it_leaves_metrics_summary_and_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["trl_grpo.py", *SMALL, "--steps", "2", "--out", str(tmp_path)])
-    runpy.run_path(str(ROOT / "examples" / "trl_grpo.py"), run_name="__main__")
+    runpy.run_module("examples.trl_grpo", run_name="__main__")
     assert re.search(r"step    2  reward \S+  learning_rate \S+  factor \S+", capsys.readouterr().out)
     [first, second] = rows_of(tmp_path)
     assert second["learning_rate"] == pytest.approx(second["snr/factor"] * second["snr/ceiling"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import sequences
 import torch
 from torch import nn
 from torch.nn.modules.module import (
@@ -20,7 +23,7 @@ RTOL = 1e-10  # float64, another order of summation
 
 
 class Model(nn.Module):
-    """An embedding, a block of two layers, a norm and a head; ``change(name, tensor)`` may hook what comes between."""
+    """An embedding, two layers, an RMSNorm and a head; ``change(name, tensor)`` may hook what comes between."""
 
     def __init__(self, change=lambda name, tensor: None, use_reentrant=None):
         super().__init__()
@@ -45,22 +48,12 @@ class Model(nn.Module):
         return logits
 
 
-def log_probs(model):
-    return model(IDS[:, :-1]).log_softmax(-1).gather(-1, IDS[:, 1:, None]).sum((1, 2))
-
-
-def truth(model):
-    """Norms of what backward() computes of each log-probability, hooks included, by a graph of its own."""
-    parameters = list(model.parameters())
-    of_each = [torch.autograd.grad(x, parameters, retain_graph=True) for x in log_probs(model)]
-    return torch.stack([sum(g.square().sum() for g in gradients) for gradients in of_each])
+log_probs = partial(sequences.log_probs, ids=IDS)
+truth = partial(sequences.true_squared_norms, ids=IDS)
 
 
 def measured(model, norms, alone):
-    total = log_probs(model).sum()
-    with norms.sequences(batch_size=B):
-        norms.backward(total) if alone else total.backward()
-    return norms.squared()
+    return sequences.measured_squared_norms(model, norms, IDS, alone)
 
 
 def divide(module, args, output):

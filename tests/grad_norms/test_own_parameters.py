@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import sequences
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -41,21 +44,12 @@ class Model(nn.Module):
         return self.head(self.block(h if self.positions is None else h + self.positions))
 
 
-def log_probs(model):
-    return model(IDS[:, :-1]).log_softmax(-1).gather(-1, IDS[:, 1:, None]).sum((1, 2))
-
-
-def truth(model):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    of_each = [torch.autograd.grad(x, parameters, retain_graph=True) for x in log_probs(model)]
-    return torch.stack([sum(g.square().sum() for g in gradients) for gradients in of_each])
+log_probs = partial(sequences.log_probs, ids=IDS)
+truth = partial(sequences.true_squared_norms, ids=IDS)
 
 
 def measured(model, norms, alone):
-    total = log_probs(model).sum()
-    with norms.sequences(batch_size=B):
-        norms.backward(total) if alone else total.backward()
-    return norms.squared()
+    return sequences.measured_squared_norms(model, norms, IDS, alone)
 
 
 @pytest.mark.parametrize("alone", [True, False])

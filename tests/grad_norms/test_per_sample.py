@@ -407,7 +407,7 @@ def test_the_check_costs_nothing_where_no_parameter_gets_a_gradient(monkeypatch)
     def expect(self, uses):
         raise AssertionError("computes weight gradients")
 
-    monkeypatch.setattr("snr_optim.grad_norms.check.GradientCheck.expect", expect)
+    monkeypatch.setattr("snr_optim.grad_norms.coverage.GradientCheck.expect", expect)
     model = Small()
     norms = PerSampleGradNorms(model)
     with norms.sequences(batch_size=B):
@@ -425,7 +425,7 @@ def test_construction_draws_no_random_numbers():
 
 # ------------------------------------------------------------------------------------------------------------- layers
 class ScaledNorm(nn.Module):
-    """A norm that no rule knows: its scale is the square of its parameter."""
+    """A normalization layer that no rule knows: its scale is the square of its parameter."""
 
     def __init__(self):
         super().__init__()
@@ -505,7 +505,7 @@ def test_layers_with_and_without_bias_that_share_their_input():
 
 
 class Gated(nn.Module):
-    """A norm that takes a gate where there is one."""
+    """A normalization layer that takes a gate where there is one."""
 
     def __init__(self):
         super().__init__()

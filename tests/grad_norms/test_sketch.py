@@ -10,14 +10,14 @@ from torch import nn
 
 from snr_kernels.segments import Segments
 from snr_optim import PerSampleGradNorms
-from snr_optim.grad_norms.accumulate import FEWEST, SketchTotals, next_size
-from snr_optim.grad_norms.contributions import BiasUse, MatrixUse
+from snr_optim.grad_norms.accumulate import FEWEST_COLUMNS, SketchedNorms, next_num_columns
+from snr_optim.grad_norms.contributions import BiasContribution, MatrixContribution
 
 T, B = 48, 3
 
 
 class Tied(nn.Module):
-    """Long sequences; an embedding tied to the head, a layer that is called twice, biases and a norm."""
+    """Long sequences; an embedding tied to the head, a layer that is called twice, biases and a LayerNorm."""
 
     def __init__(self):
         super().__init__()
@@ -25,7 +25,7 @@ class Tied(nn.Module):
         self.embed, self.block, self.norm = nn.Embedding(31, 24), nn.Linear(24, 24), nn.LayerNorm(24)
         self.head = nn.Linear(24, 31, bias=False)
         self.head.weight = self.embed.weight
-        nn.init.normal_(self.embed.weight, std=0.1)  # the smaller it is, the larger its gradient under the norm
+        nn.init.normal_(self.embed.weight, std=0.1)  # the smaller it is, the larger its gradient below the LayerNorm
         self.double()
 
     def forward(self, ids):
@@ -108,30 +108,30 @@ def test_mean_over_all_signs_is_the_norm(lengths, d_in, d_out, transposed):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     segments = Segments.of(bounds)
     left, right = torch.randn(segments.rows, d_out).double(), torch.randn(segments.rows, d_in).double()
-    use = MatrixUse(left, right, segments, (d_out, d_in), transposed)
+    weight = MatrixContribution(left, right, segments, (d_out, d_in), transposed)
     signs = torch.ones(1, 1)
     while len(signs) < d_out:
         signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
-    squares = use.sketch(signs[:d_out]).square().sum((1, 2)) / signs.shape[1]
-    assert torch.allclose(squares, use.squared(), rtol=1e-10)
+    squares = weight.sketch(signs[:d_out]).square().sum((1, 2)) / signs.shape[1]
+    assert torch.allclose(squares, weight.squared(), rtol=1e-10)
 
 
 def test_short_sequences_are_exact():
     """Gram matrices of ``T <= 2k`` tokens cost no more than ``k`` columns."""
     segments = Segments.uniform(2, 16, torch.device("cpu"))
-    use = MatrixUse(torch.randn(32, 50), torch.randn(32, 40), segments, (50, 40))
-    totals = SketchTotals(2, torch.device("cpu"), 8, (0, 0))
-    totals.add({"weight": "weight", "bias": "bias"}, {"weight": use, "bias": BiasUse(use.left, segments)})
-    squared, variances = totals.finish()
+    weight = MatrixContribution(torch.randn(32, 50), torch.randn(32, 40), segments, (50, 40))
+    norms = SketchedNorms(2, torch.device("cpu"), 8, (0, 0))
+    norms.add({"weight": "weight", "bias": "bias"}, {"weight": weight, "bias": BiasContribution(weight.left, segments)})
+    squared, variances = norms.finish()
     assert variances is not None
     assert variances.max() == 0
-    assert torch.allclose(squared, use.squared() + BiasUse(use.left, segments).squared(), rtol=1e-5)
+    assert torch.allclose(squared, weight.squared() + BiasContribution(weight.left, segments).squared(), rtol=1e-5)
 
 
-def test_next_size_forgets_what_it_cannot_tell():
+def test_next_num_columns_forgets_what_it_cannot_tell():
     nothing = torch.zeros(3)
-    assert next_size(16, nothing, nothing, 0.1) == 16  # no norm
-    assert next_size(16, torch.full((3,), torch.nan), torch.ones(3), 0.1) == 16
-    assert next_size(16, torch.ones(3), nothing, 0.1) == 16  # it was exact
-    assert next_size(FEWEST, torch.ones(3), torch.full((3,), 1e-9), 0.1) == FEWEST
-    assert next_size(16, torch.ones(3), torch.full((3,), 0.04), 0.1) in (32, 33)  # half the way to 64
+    assert next_num_columns(16, nothing, nothing, 0.1) == 16  # no norm
+    assert next_num_columns(16, torch.full((3,), torch.nan), torch.ones(3), 0.1) == 16
+    assert next_num_columns(16, torch.ones(3), nothing, 0.1) == 16  # it was exact
+    assert next_num_columns(FEWEST_COLUMNS, torch.ones(3), torch.full((3,), 1e-9), 0.1) == FEWEST_COLUMNS
+    assert next_num_columns(16, torch.ones(3), torch.full((3,), 0.04), 0.1) in (32, 33)  # half the way to 64

@@ -73,9 +73,9 @@ class TwoTokenLM:
 def forced(baseline: Any, k: int, m: int) -> Any:
     """The baseline, with the choice of candidate taken from it: by evidence that leaves no doubt."""
     baseline = copy.deepcopy(baseline)
-    evidence = baseline._evidence
-    evidence.gains, evidence.squares = torch.full_like(evidence.gains, -1.0), torch.zeros_like(evidence.squares)
-    evidence.gains[k, m] = 1.0
+    selection = baseline._selection
+    selection.gains, selection.squares = torch.full_like(selection.gains, -1.0), torch.zeros_like(selection.squares)
+    selection.gains[k, m] = 1.0
     return baseline
 
 

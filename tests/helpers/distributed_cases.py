@@ -205,7 +205,7 @@ def foreign_hooks():
     assert_same_everywhere(scheduler)
 
 
-def trap_22_ddp_comm_hook():
+def ddp_comm_hook():
     """Trap 22: DDP has one slot for a comm hook, and it is still the user's."""
     model = DistributedDataParallel(Model(), find_unused_parameters=True)
     scheduler = SNRAdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.1))

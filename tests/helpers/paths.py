@@ -7,7 +7,7 @@ from pathlib import Path
 
 HELPERS = Path(__file__).resolve().parent
 ROOT = HELPERS.parent.parent
-SOURCES = [ROOT, ROOT / "kernels", ROOT / "examples", HELPERS]  # as pythonpath of pytest, in pyproject.toml
+SOURCES = [ROOT, ROOT / "kernels", HELPERS]  # as pythonpath of pytest, in pyproject.toml
 
 
 def environment(**variables: str) -> dict[str, str]:

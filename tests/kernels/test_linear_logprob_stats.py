@@ -1,7 +1,8 @@
 """`linear_logprob_stats` against `logprob_stats` of the whole logits and against its float64 reference.
 
 On torch anywhere, on Triton on a GPU or interpreted (`test_interpreter`). What is asked of the statistics of one slab
-is asked in `test_logprob_stats`; here it is asked that slabs, and ranks (`test_distributed`), make no difference.
+is asked in `test_logprob_stats`; here it is asked that slabs make no difference, nor ranks, whose cases are among
+`tests/helpers/distributed_cases.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from snr_kernels.lm_head import (
     linear_logprob_stats,
     linear_logprob_stats_reference,
 )
-from snr_kernels.lm_head._merge import Part
+from snr_kernels.lm_head._merge import PartialSoftmax
 from snr_kernels.lm_head._tiles import Head, Tile, prepare
 from snr_kernels.logprob_stats import LogprobStats, logprob_stats
 from snr_kernels.logprob_stats import _torch as logprob_stats_torch
@@ -238,12 +239,12 @@ def test_any_cut_of_the_vocabulary_joins_to_the_whole(cuts, spread, masked, seed
         results = torch.ops.snr_kernels.logprob_stats(
             logits[:, start:end], local, torch.tensor(0.5, dtype=torch.float64), -100, True, True, "torch"
         )
-        parts.append(Part.of(results, owned, 1.0))
+        parts.append(PartialSoftmax.of(results, owned, 1.0))
     temperature, nobody = torch.tensor(0.5, dtype=torch.float64), torch.zeros(4, dtype=torch.bool)
     by_two = parts[0]
     for part in parts[1:]:
-        by_two = _merge.join(Part(*map(torch.stack, zip(by_two, part, strict=True))), temperature)
-    at_once = _merge.join(Part(*map(torch.stack, zip(*parts, strict=True))), temperature)
+        by_two = _merge.join(PartialSoftmax(*map(torch.stack, zip(by_two, part, strict=True))), temperature)
+    at_once = _merge.join(PartialSoftmax(*map(torch.stack, zip(*parts, strict=True))), temperature)
     true = logprob_stats(logits, labels, 0.5)
     for joined in (by_two, at_once):
         got = joined.finish(nobody, 1.0)[:4]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from snr_optim import AccumulationSource, GradientMoments
-from snr_optim.noise import AdamNorm, source_of
+from snr_optim.noise import AdamNorm
 
 EXACT = 1e-12  # the same float64 sums in another order
 
@@ -96,7 +96,7 @@ def test_sparse_gradients_are_measured():
 
 @pytest.mark.parametrize("frozen", [(), ("head",), ("first",), ("first", "head")])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_trap_21_checkpointing_of_both_kinds(use_reentrant, frozen):
+def test_checkpointing_of_both_kinds(use_reentrant, frozen):
     """A reentrant checkpoint runs backward passes of its own inside backward(); together they are one sub-batch."""
     inputs = torch.randn(4, 5, 3).double()
     plain = Blocks(None, frozen)
@@ -315,7 +315,7 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="2 processes"):
-        source_of(nn.Linear(1, 1))
+        AccumulationSource(nn.Linear(1, 1))
 
 
 def test_no_gradient_is_kept():
@@ -355,7 +355,7 @@ def test_the_norm_of_adam(kind, amsgrad):
     assert not AdamNorm.suits(torch.optim.SGD(model.parameters(), lr=1.0))
     changed = optimizer.state_dict()
     changed["param_groups"][0]["eps"] = 1e-2
-    optimizer.load_state_dict(changed)  # trap 15: replaces the group dicts
+    optimizer.load_state_dict(changed)  # which replaces the dicts of parameter groups
     expected = (g.square() / (v.sqrt() + 1e-2)).sum().sqrt()
     assert float(norm(model.weight, g)) == pytest.approx(float(expected), rel=1e-12)
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no
     ("case", "processes"),
     [
         ("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("unequal", 4), ("ddp_checkpointed", 2),
-        ("trap_22_ddp_comm_hook", 2), ("foreign_hooks", 2), ("ddp_parameters_of_others", 2),
+        ("ddp_comm_hook", 2), ("foreign_hooks", 2), ("ddp_parameters_of_others", 2),
         ("fsdp_divide_factor", 2), ("refused", 2), ("inconsistent", 2),
         ("baseline", 2), ("baseline", 4), ("baseline_refused", 2),
         ("per_sample_ddp", 2), ("per_sample_fsdp", 2), ("vocabulary_parallel", 2), ("causal_lm", 2),

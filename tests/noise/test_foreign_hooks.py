@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from snr_optim import AccumulationSource, GradientMoments, SNRAdaptiveLR
-from snr_optim.noise.tracking import GradientHook, PostAccumulateGuard
+from snr_optim.noise.hooks import GradientHook, PostAccumulateGuard
 
 INPUTS = (0.5, 3.0, 0.8, 2.0)
 

@@ -63,7 +63,7 @@ def test_two_lines_set_the_lr_of_the_very_step():
 
 
 @pytest.mark.parametrize("clip", [nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_])
-def test_trap_11_clipping_before_the_step_changes_nothing(clip):
+def test_clipping_before_the_step_changes_nothing(clip):
     model = tied_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     _, handle = attached(model, optimizer)
@@ -76,7 +76,7 @@ def test_trap_11_clipping_before_the_step_changes_nothing(clip):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
-def test_trap_10_statistics_are_unscaled_under_grad_scaler(fused, unscale):
+def test_statistics_are_unscaled_under_grad_scaler(fused, unscale):
     model = tied_model().float()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
     scheduler, handle = attached(model, optimizer)
@@ -149,7 +149,7 @@ def test_bfloat16_autocast():
     assert_measured(handle, expected, rel=1e-5)  # a division by 4 is exact in bfloat16
 
 
-def test_trap_13_an_optimizer_that_clears_grad_in_step():
+def test_an_optimizer_that_clears_grad_in_step():
     class Clearing(torch.optim.SGD):
         def step(self, closure=None):
             super().step()
@@ -221,7 +221,7 @@ def test_a_step_that_fails_spoils_none_of_the_next():
     assert scheduler.metrics()["observations"] == 2
 
 
-def test_trap_13_a_step_inside_backward_is_refused():
+def test_a_step_inside_backward_is_refused():
     model = nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     attached(model, optimizer)
@@ -230,7 +230,7 @@ def test_trap_13_a_step_inside_backward_is_refused():
         model(torch.ones(1, 1)).sum().backward()
 
 
-def test_trap_12_a_captured_step_is_refused(monkeypatch):
+def test_a_captured_step_is_refused(monkeypatch):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     attached(model, optimizer)
@@ -251,7 +251,7 @@ class Wrapper(torch.optim.Optimizer):
         return self.optimizer.param_groups
 
 
-def test_trap_9_the_optimizer_in_a_wrapper_is_found():
+def test_the_optimizer_in_a_wrapper_is_found():
     model = tied_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler, handle = attached(model, Wrapper(optimizer))
@@ -262,7 +262,7 @@ def test_trap_9_the_optimizer_in_a_wrapper_is_found():
     assert_measured(handle, expected)
 
 
-def test_trap_9_an_optimizer_that_runs_no_hooks_is_refused():
+def test_an_optimizer_that_runs_no_hooks_is_refused():
     class Skips(torch.optim.Optimizer):
         def __init__(self, parameters):
             self.defaults, self.state = {"lr": 1.0}, {}
@@ -489,7 +489,7 @@ def test_parameters_added_and_unfrozen_later_are_watched_from_the_next_batch_on(
     assert "factor_group_1" in scheduler.metrics()
 
 
-def test_trap_16_a_copy_is_not_attached():
+def test_a_copy_is_not_attached():
     model = tied_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     scheduler, handle = attached(model, optimizer)

@@ -16,12 +16,14 @@ from programs.language import Program, program_by, program_of
 from programs.processes import WRAPPERS, start
 
 import snr_optim.attachment
-import snr_optim.noise.accumulation
 import snr_optim.noise.moments
+import snr_optim.noise.tracking
 import snr_optim.scheduler
 from snr_optim import GradientMoments, SNRAdaptiveLR
 from snr_optim.noise import AccumulationSource, euclidean
 from snr_optim.noise.averages import MomentAverages
+from snr_optim.noise.gradients import LocalGradients
+from snr_optim.noise.tracking import BatchTracker
 
 PROGRAMS = 300
 # How often things must happen at least, so that the test cannot come to test nothing.
@@ -133,27 +135,27 @@ def unequal_weights(monkeypatch):
 
 
 def factor_that_lags_one_step(monkeypatch):
-    observe = SNRAdaptiveLR.observe
+    fold_in = SNRAdaptiveLR._fold_in
 
-    def late(self, moments):
+    def late(self, whole, by_parameter_group):
         last = self.__dict__.get("_lagging")
-        self._lagging = moments
-        if last is not None and len(last) == len(moments):
-            observe(self, last)
+        self._lagging = whole, by_parameter_group
+        if last is not None and len(last[1]) == len(by_parameter_group):
+            fold_in(self, *last)
 
-    monkeypatch.setattr(SNRAdaptiveLR, "observe", late)
+    monkeypatch.setattr(SNRAdaptiveLR, "_fold_in", late)
 
 
 def lr_that_lags_one_step(monkeypatch):
     """The statistics are right, and written by step() only: after the optimizer's."""
-    observe, write = SNRAdaptiveLR.observe, SNRAdaptiveLR._write_lr
+    fold_in, write = SNRAdaptiveLR._fold_in, SNRAdaptiveLR._write_lr
 
-    def silent(self, moments):
+    def silent(self, whole, by_parameter_group):
         monkeypatch.setattr(SNRAdaptiveLR, "_write_lr", lambda self: None)
-        observe(self, moments)
+        fold_in(self, whole, by_parameter_group)
         monkeypatch.setattr(SNRAdaptiveLR, "_write_lr", write)
 
-    monkeypatch.setattr(SNRAdaptiveLR, "observe", silent)
+    monkeypatch.setattr(SNRAdaptiveLR, "_fold_in", silent)
 
 
 def sizes_are_forgotten(monkeypatch):
@@ -166,34 +168,36 @@ def loss_scale_is_forgotten(monkeypatch):
 
 
 def autograd_grad_counts(monkeypatch):
-    monkeypatch.setattr(snr_optim.noise.accumulation, "accumulates_into", lambda parameter: True)
+    monkeypatch.setattr(snr_optim.noise.tracking, "accumulates_into", lambda parameter: True)
 
 
 def cleared_gradients_are_not_noticed(monkeypatch):
-    monkeypatch.setattr(AccumulationSource, "_changed", lambda self: False)
+    monkeypatch.setattr(LocalGradients, "changed_since", lambda self, states: False)
 
 
 def leftovers_are_not_noticed(monkeypatch):
-    sums = AccumulationSource._sums
+    finish = BatchTracker.finish
 
-    def forgiving(self, batch):
+    def forgiving(self):
+        batch = finish(self)
         batch.must_be_zero = []
-        return sums(self, batch)
+        return batch
 
-    monkeypatch.setattr(AccumulationSource, "_sums", forgiving)
+    monkeypatch.setattr(BatchTracker, "finish", forgiving)
 
 
 def clipped_gradients_are_measured(monkeypatch):
     """As a hook before the step would find them."""
-    parameter_group_moments = AccumulationSource.parameter_group_moments
+    finish = BatchTracker.finish
 
     def late(self):
-        for i, p in enumerate(self.parameters):
-            if i in self._batch.of_grad and p.grad is not None:
-                self._batch.of_grad[i] = self._norm_of_grad(p)
-        return parameter_group_moments(self)
+        batch = finish(self)
+        for i, p in enumerate(self.gradients.parameters):
+            if i in batch.of_grad and p.grad is not None:
+                batch.of_grad[i] = self.norm_of_grad(p)
+        return batch
 
-    monkeypatch.setattr(AccumulationSource, "parameter_group_moments", late)
+    monkeypatch.setattr(BatchTracker, "finish", late)
 
 
 def schedule_is_ignored(monkeypatch):
@@ -258,27 +262,27 @@ def flat_batches_count_as_observations(monkeypatch):
 
 def failed_passes_are_kept(monkeypatch):
     """What arrived before a backward pass failed counts like any other gradient."""
-    on_begin, parameter_group_moments = AccumulationSource._on_begin, AccumulationSource.parameter_group_moments
+    on_begin, finish = BatchTracker._on_begin, BatchTracker.finish
 
     def begin(self, *one):
         self._running.clear()
         return on_begin(self, *one)
 
-    def moments(self):
+    def running_forgotten(self):
         self._running.clear()
-        return parameter_group_moments(self)
+        return finish(self)
 
-    monkeypatch.setattr(AccumulationSource, "_on_begin", begin)
-    monkeypatch.setattr(AccumulationSource, "parameter_group_moments", moments)
+    monkeypatch.setattr(BatchTracker, "_on_begin", begin)
+    monkeypatch.setattr(BatchTracker, "finish", running_forgotten)
 
 
-def optimizers_metric_is_ignored(monkeypatch):
+def the_norm_of_adam_is_ignored(monkeypatch):
     monkeypatch.setattr(SNRAdaptiveLR, "_optimizer_norm", lambda self, model: euclidean)
 
 
 def passes_of_checkpoints_count(monkeypatch):
     """A reentrant checkpoint runs backward passes of its own."""
-    monkeypatch.setattr(snr_optim.noise.accumulation, "is_nested_backward", lambda: False)
+    monkeypatch.setattr(snr_optim.noise.tracking, "is_nested_backward", lambda: False)
 
 
 def frozen_parameters_are_not_noticed(monkeypatch):
@@ -310,7 +314,7 @@ MUTATIONS = [
     cleared_gradients_are_not_noticed, leftovers_are_not_noticed, clipped_gradients_are_measured, schedule_is_ignored,
     factor_is_multiplied_again_by_every_step, resumed_without_statistics, groups_share_one_factor, floor_is_forgotten,
     ceiling_is_forgotten, auto_does_not_shrink, standard_error_of_infinitely_many_batches,
-    flat_batches_count_as_observations, failed_passes_are_kept, optimizers_metric_is_ignored,
+    flat_batches_count_as_observations, failed_passes_are_kept, the_norm_of_adam_is_ignored,
     passes_of_checkpoints_count, frozen_parameters_are_not_noticed, a_copy_is_not_in_charge, groups_share_one_tensor,
     a_nan_is_forgotten,
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""SNRAdaptiveLR in the situations that break schedulers; the trap numbers are those that the names tell."""
+"""SNRAdaptiveLR in situations that break schedulers: resuming, sequences, inner schedules, another hand on the lr."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_observe_before_step_sets_this_step_and_after_it_the_next():
     assert train_step(optimizer, scheduler) == pytest.approx([0.1])
 
 
-def test_trap_1_resume_order_and_any_other():
+def test_resume_order_and_any_other():
     def fresh():
         optimizer = make_optimizer(groups=2, kind=torch.optim.AdamW)
         return optimizer, SNRAdaptiveLR(optimizer)
@@ -101,7 +101,7 @@ def test_trap_1_resume_order_and_any_other():
         )
 
 
-def test_trap_2_sequential_lr_enters_without_step():
+def test_sequential_lr_enters_without_step():
     optimizer = make_optimizer()
     warm_up = LinearLR(optimizer, start_factor=0.25, total_iters=3)
     scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
@@ -114,7 +114,7 @@ def test_trap_2_sequential_lr_enters_without_step():
     assert scheduler.metrics()["observations"] == 5
 
 
-def test_trap_2_sequential_lr_as_first_child_leaves_the_lr_to_the_next():
+def test_sequential_lr_as_first_child_leaves_the_lr_to_the_next():
     optimizer = make_optimizer()
     scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
     both = SequentialLR(optimizer, [scheduler, LambdaLR(optimizer, lambda _: 0.125)], milestones=[2])
@@ -137,7 +137,7 @@ def test_trap_2_sequential_lr_as_first_child_leaves_the_lr_to_the_next():
     ],
     ids=["recursive", "exponential", "closed form", "sequential"],
 )
-def test_trap_3_inner_schedule_is_multiplied_exactly(make_inner):
+def test_inner_schedule_is_multiplied_exactly(make_inner):
     alone, together = make_optimizer(groups=2), make_optimizer(groups=2)
     inner = make_inner(alone)
     scheduler = SNRAdaptiveLR(together, schedule=make_inner(together), smoothing=0.0)
@@ -149,7 +149,7 @@ def test_trap_3_inner_schedule_is_multiplied_exactly(make_inner):
         train_step(together, scheduler)
 
 
-def test_trap_2_an_equal_lr_of_the_next_child_is_not_taken_for_ours():
+def test_an_equal_lr_of_the_next_child_is_not_taken_for_ours():
     optimizer = make_optimizer()
     scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
     both = SequentialLR(optimizer, [scheduler, ExponentialLR(optimizer, 0.5)], milestones=[2])
@@ -160,7 +160,7 @@ def test_trap_2_an_equal_lr_of_the_next_child_is_not_taken_for_ours():
     assert used == [1.0, 1.0, 1.0, 0.5]
 
 
-def test_trap_4_eight_steps_are_one_step():
+def test_eight_steps_are_one_step():
     optimizer = make_optimizer()
     scheduler = SNRAdaptiveLR(optimizer)
     scheduler.observe(HALF)
@@ -172,14 +172,14 @@ def test_trap_4_eight_steps_are_one_step():
     assert lrs(optimizer) == once == [0.5]
 
 
-def test_trap_5_a_foreign_step_count_changes_nothing():
+def test_a_foreign_step_count_changes_nothing():
     optimizer = make_optimizer()
     scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
     scheduler._step_count += 5
     assert train_step(optimizer, scheduler, HALF) == [0.5]
 
 
-def test_trap_6_step_takes_no_metric_and_reads_no_epoch():
+def test_step_takes_no_metric_and_reads_no_epoch():
     optimizer = make_optimizer()
     scheduler = SNRAdaptiveLR(optimizer, schedule=ExponentialLR(optimizer, 0.5))
     with pytest.raises(TypeError, match="observe"):
@@ -191,7 +191,7 @@ def test_trap_6_step_takes_no_metric_and_reads_no_epoch():
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("with_inner", [False, True])
-def test_trap_7_state_loads_with_weights_only_and_resumes_bit_exactly(tensor_lr, with_inner):
+def test_state_loads_with_weights_only_and_resumes_bit_exactly(tensor_lr, with_inner):
     def fresh():
         optimizer = make_optimizer(lr=torch.tensor(0.3) if tensor_lr else 0.3, kind=torch.optim.Adam)
         return optimizer, SNRAdaptiveLR(optimizer, CosineAnnealingLR(optimizer, 20) if with_inner else None)
@@ -212,11 +212,11 @@ def test_trap_7_state_loads_with_weights_only_and_resumes_bit_exactly(tensor_lr,
     assert resumed_scheduler.metrics() == scheduler.metrics()
 
 
-def test_trap_8_it_is_a_true_lr_scheduler():
+def test_it_is_a_true_lr_scheduler():
     assert isinstance(SNRAdaptiveLR(make_optimizer()), torch.optim.lr_scheduler.LRScheduler)
 
 
-def test_trap_14_a_tensor_lr_is_filled_never_replaced():
+def test_a_tensor_lr_is_filled_never_replaced():
     lr = torch.tensor(2.0)
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=lr)
     scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
@@ -229,7 +229,7 @@ def test_trap_14_a_tensor_lr_is_filled_never_replaced():
 
 
 @pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)])
-def test_trap_15_replaced_group_dicts_are_followed(lr):
+def test_replaced_group_dicts_are_followed(lr):
     optimizer = make_optimizer(lr)
     scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
     optimizer.load_state_dict(optimizer.state_dict())
@@ -238,7 +238,7 @@ def test_trap_15_replaced_group_dicts_are_followed(lr):
         assert train_step(optimizer, scheduler, HALF) == [0.5]
 
 
-def test_trap_16_a_deep_copy_is_independent():
+def test_a_deep_copy_is_independent():
     optimizer = make_optimizer()
     scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
     train_step(optimizer, scheduler, HALF)
@@ -247,7 +247,7 @@ def test_trap_16_a_deep_copy_is_independent():
     assert lrs(optimizer) == [0.5]
 
 
-def test_trap_17_a_new_group_brings_its_own_ceiling():
+def test_a_new_group_brings_its_own_ceiling():
     optimizer = make_optimizer()
     scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 10.0})
@@ -260,7 +260,7 @@ def test_trap_17_a_new_group_brings_its_own_ceiling():
 
 
 @pytest.mark.parametrize("with_inner", [False, True])
-def test_trap_18_a_skipped_first_optimizer_step_raises_no_false_alarm(with_inner):
+def test_a_skipped_first_optimizer_step_raises_no_false_alarm(with_inner):
     optimizer = make_optimizer()
     scheduler = SNRAdaptiveLR(optimizer, ExponentialLR(optimizer, 0.5) if with_inner else None)
     scheduler.observe(HALF)
@@ -284,7 +284,7 @@ def test_steps_that_nothing_measures_are_said_once_and_others_never():
         assert len([one for one in said if "nothing measures the gradients" in str(one.message)]) == (prepare is None)
 
 
-def test_trap_19_get_last_lr_is_what_is_used():
+def test_get_last_lr_is_what_is_used():
     optimizer = make_optimizer(groups=3)
     scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
     scheduler.observe(HALF)
@@ -293,7 +293,7 @@ def test_trap_19_get_last_lr_is_what_is_used():
     assert scheduler.get_last_lr() == lrs(optimizer)
 
 
-def test_trap_20_one_step_per_rollout_many_observations():
+def test_one_step_per_rollout_many_observations():
     optimizer = make_optimizer()
     scheduler = SNRAdaptiveLR(optimizer, smoothing=0.0)
     used = []

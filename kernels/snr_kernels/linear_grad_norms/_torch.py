@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from snr_kernels.dispatch import exact_dtype
+from snr_kernels.precision import exact_dtype
 from snr_kernels.segments import Segments
 
 BLOCK = 64  # rows of a Gram matrix at a time

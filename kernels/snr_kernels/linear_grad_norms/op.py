@@ -11,8 +11,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from snr_kernels.dispatch import Impl, exactly, runs_triton
+from snr_kernels.dispatch import Impl, runs_triton
 from snr_kernels.linear_grad_norms import _torch
+from snr_kernels.precision import exactly
 from snr_kernels.segments import Segments
 
 Method = Literal["auto", "gram", "direct"]

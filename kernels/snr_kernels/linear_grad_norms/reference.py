@@ -11,7 +11,7 @@ from torch import Tensor
 def linear_grad_norms_reference(
     activations: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, *, bias: bool = False
 ) -> Tensor:
-    """The same by the definition, one sequence after another, in float64.
+    """``||sum_t g_t a_t^T||_F^2`` by the definition, one sequence after another, in float64.
 
     Args:
         activations: ``[N, d_in]``.

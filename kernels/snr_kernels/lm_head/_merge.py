@@ -16,7 +16,7 @@ from torch import Tensor
 from snr_kernels.logprob_stats._torch import FAR_BELOW
 
 
-class Part(NamedTuple):
+class PartialSoftmax(NamedTuple):
     """The softmax of each row over some of its tokens, ``[N]`` each (``[K, N]`` for several); logs in nats.
 
     Attributes:
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     rest_squared: Tensor
 
     @staticmethod
-    def of(results: Sequence[Tensor], owned: Tensor, log_unit: float) -> Part:
+    def of(results: Sequence[Tensor], owned: Tensor, log_unit: float) -> PartialSoftmax:
         """From the seven results of `logprob_stats` for a slice, called with any label of the slice where it has none.
 
         Args:
@@ -52,7 +52,7 @@ class Part(NamedTuple):
         empty = reference == torch.finfo(reference.dtype).min
         nothing = torch.zeros_like(reference)
         entropy, squares, norm = (x if x.numel() else nothing for x in (entropy, squares, norm))
-        return Part(
+        return PartialSoftmax(
             reference=reference,
             log_total=(log_total * log_unit).masked_fill(empty, -math.inf),
             log_prob=torch.where(owned, log_prob.masked_fill(empty, -math.inf), 0.0),
@@ -72,7 +72,7 @@ class Part(NamedTuple):
         return tuple(x.masked_fill(bad, math.nan).masked_fill(ignored, 0.0) for x in found)
 
 
-def join(parts: Part, temperature: Tensor) -> Part:
+def join(parts: PartialSoftmax, temperature: Tensor) -> PartialSoftmax:
     r"""Several parts as one.
 
     With :math:`\pi_k` the share of part `k` in the total:
@@ -93,8 +93,8 @@ def join(parts: Part, temperature: Tensor) -> Part:
     followers = below.exp().scatter(0, leader, 0.0).sum(0).log1p()  # log of the total, relative to the leader's
     log_share = below - followers
     share = log_share.exp()
-    leading = Part(*(x.gather(0, leader).squeeze(0) for x in parts))
-    return Part(
+    leading = PartialSoftmax(*(x.gather(0, leader).squeeze(0) for x in parts))
+    return PartialSoftmax(
         reference=leading.reference,
         log_total=leading.log_total + followers,
         log_prob=torch.where(parts.owned > 0, parts.log_prob + log_share, 0.0).sum(0),

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from snr_kernels.lm_head import _merge as _softmax_parts
-from snr_kernels.lm_head._merge import Part
-from snr_kernels.lm_head._tiles import NO_LABEL, Head, Tile
+from snr_kernels.lm_head import _merge
+from snr_kernels.lm_head._merge import PartialSoftmax
+from snr_kernels.lm_head._tiles import Head, Tile
+from snr_kernels.logprob_stats.results import IGNORE_INDEX
 from snr_kernels.products import add_product, multiply
 
 
@@ -36,26 +37,26 @@ def statistics(
         nothing = head.divisor.new_zeros(0)
         return (nothing,) * 7, None
     buffer = head.new_buffer(tiles)
-    whole = Part(*head.divisor.new_empty(len(Part._fields), rows))
+    whole = PartialSoftmax(*head.divisor.new_empty(len(PartialSoftmax._fields), rows))
     for tile in tiles:
         slab = head.fill(buffer, tile)
         labels, owned = head.labels_of(tile, elsewhere=0)
         asked = (True, entropy, squares, squares, True, True, True)
         results = [head.divisor.new_empty(tile.height if each else 0) for each in asked]
-        path.forward(slab[None], labels, head.divisor_of(tile), NO_LABEL, results, entropy, squares)
-        part = Part.of(results, owned, path.LOG_UNIT)
+        path.forward(slab[None], labels, head.divisor_of(tile), IGNORE_INDEX, results, entropy, squares)
+        part = PartialSoftmax.of(results, owned, path.LOG_UNIT)
         if tile.columns.start:
-            before = Part(*(x[tile.rows] for x in whole))
-            part = _softmax_parts.join(Part(*map(torch.stack, zip(before, part, strict=True))), head.divisor_of(tile))
+            before = PartialSoftmax(*(x[tile.rows] for x in whole))
+            part = _merge.join(PartialSoftmax(*map(torch.stack, zip(before, part, strict=True))), head.divisor_of(tile))
         for x, of_tile in zip(whole, part, strict=True):
             x[tile.rows] = of_tile
     if head.options.group is not None:
-        whole = _softmax_parts.join(of_all_ranks(head, whole), head.divisor)
+        whole = _merge.join(of_all_ranks(head, whole), head.divisor)
     kept = Kept(buffer, ready=True) if tiles[-1].height == rows else None
     return whole.finish(head.ignored, path.LOG_UNIT), kept
 
 
-def of_all_ranks(head: Head, mine: Part) -> Part:
+def of_all_ranks(head: Head, mine: PartialSoftmax) -> PartialSoftmax:
     """What each rank knows of the rows, ``[ranks, N]``; NaN where their slices are not one vocabulary."""
     edges = [head.options.first_label, head.options.first_label + len(head.weight)]
     packed = torch.cat([*mine, mine.reference.new_tensor(edges)])
@@ -64,7 +65,7 @@ def of_all_ranks(head: Head, mine: Part) -> Part:
     everyone = torch.stack(gathered)
     first, last = everyone[:, -2].sort().values, everyone[:, -1].sort().values
     is_whole = (first[0] == 0) & (first[1:] == last[:-1]).all()
-    parts = Part(*everyone[:, :-2].view(len(gathered), len(mine), -1).unbind(1))
+    parts = PartialSoftmax(*everyone[:, :-2].view(len(gathered), len(mine), -1).unbind(1))
     return parts._replace(log_total=torch.where(is_whole, parts.log_total, torch.nan))
 
 
@@ -131,7 +132,7 @@ def logit_gradients(
         buffer = head.new_buffer(tiles)
     else:
         (buffer, ready), tiles = kept, [tiles[-1], *tiles[:-1]]
-    squashed = head.new_buffer(tiles) if head.options.squash else None
+    squashed = head.new_buffer(tiles) if head.options.softcapped else None
     for tile in tiles:
         slab = tile.view(buffer) if ready else head.fill(buffer, tile)
         ready = False
@@ -139,7 +140,7 @@ def logit_gradients(
         known = [x[tile.rows] for x in results]
         of_rows = [None if g is None else g[tile.rows] for g in given]
         d = slab if squashed is None else tile.view(squashed)
-        path.backward(slab[None], labels, head.divisor_of(tile), NO_LABEL, known, of_rows, out=d[None])
+        path.backward(slab[None], labels, head.divisor_of(tile), IGNORE_INDEX, known, of_rows, out=d[None])
         if squashed is not None:
             torch.ops.aten.tanh_backward.grad_input(d, slab, grad_input=d)
         yield tile, d.to(head.options.product_dtype)

@@ -19,15 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from snr_kernels.checks import expect_integers
-from snr_kernels.dispatch import exact_dtype, runs_triton
+from snr_kernels.dispatch import Impl, runs_triton
 from snr_kernels.logprob_stats import _torch as logprob_stats_torch
-from snr_kernels.logprob_stats.results import temperature_tensor
+from snr_kernels.logprob_stats.results import IGNORE_INDEX, temperature_tensor
+from snr_kernels.precision import exact_dtype
 from snr_kernels.products import multiply
 
 FEWEST_COLUMNS = 1024  # below that rows are divided too: thinner products are slow
 GRANULE = 64  # columns are multiples of it, but for the last: rows of a slab start where kernels read fastest
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NO_LABEL = -100  # of rows that are left out; no column has this number
 
 
 class Tile(NamedTuple):
@@ -52,8 +52,8 @@ class Options(NamedTuple):
     """What a pass is told besides tensors.
 
     Attributes:
-        gain: of the logits before a squash; 1 without.
-        squash: ``tanh`` or nothing.
+        gain: of the logits before the ``tanh`` of a softcap; 1 without.
+        softcapped: whether ``tanh`` follows.
         ignore_index: label of rows that are left out.
         product_dtype: in which hidden states and weights are multiplied.
         slab_dtype: of the logits.
@@ -64,19 +64,19 @@ class Options(NamedTuple):
     """
 
     gain: float
-    squash: bool
+    softcapped: bool
     ignore_index: int
     product_dtype: torch.dtype
     slab_dtype: torch.dtype
     slab_bytes: int
     first_label: int
     group: dist.ProcessGroup | None
-    impl: str
+    impl: Impl
 
 
 @dataclass(frozen=True)
 class Head:
-    """``x = squash(gain (hidden weight^T + bias))``, ``p = softmax(x / divisor)``.
+    """``x = gain (hidden weight^T + bias)``, or ``tanh`` of that, and ``p = softmax(x / divisor)``.
 
     Attributes:
         hidden: ``[N, d]``, in the dtype of the products.
@@ -129,7 +129,7 @@ class Head:
         rows, vocab, options = len(self.hidden), len(self.weight), self.options
         if rows == 0:
             return []
-        size = options.slab_dtype.itemsize * (1 + options.squash)  # a squash is differentiated from its output
+        size = options.slab_dtype.itemsize * (1 + options.softcapped)  # a softcap is differentiated from its output
         size += options.product_dtype.itemsize * (options.slab_dtype != options.product_dtype)
         per_column = (
             self.weight.shape[1] * options.product_dtype.itemsize * (self.weight.dtype != options.product_dtype)
@@ -166,7 +166,7 @@ class Head:
                 slab += bias
             if self.options.gain != 1:
                 slab *= self.options.gain
-        return slab.tanh_() if self.options.squash else slab
+        return slab.tanh_() if self.options.softcapped else slab
 
     def weight_of(self, tile: Tile) -> Tensor:
         return self.weight[tile.columns].to(self.options.product_dtype)
@@ -176,7 +176,7 @@ class Head:
         labels, ignored = self.labels[tile.rows], self.ignored[tile.rows]
         column = labels - (self.options.first_label + tile.columns.start)
         owned = (column >= 0) & (column < tile.width)
-        return torch.where(ignored, NO_LABEL, torch.where(owned, column, elsewhere)), owned
+        return torch.where(ignored, IGNORE_INDEX, torch.where(owned, column, elsewhere)), owned
 
     def divisor_of(self, tile: Tile) -> Tensor:
         return self.divisor[tile.rows] if self.divisor.dim() else self.divisor
@@ -196,7 +196,7 @@ def prepare(
     logits_dtype: torch.dtype | None,
     process_group: dist.ProcessGroup | None,
     first_label: int | None,
-    impl: str,
+    impl: Impl,
 ) -> tuple[Tensor, Options]:
     """Check the arguments of `linear_logprob_stats`; the divisor and the options of the `Head`.
 
@@ -224,7 +224,7 @@ def prepare(
         raise ValueError("process_group: expected one that this rank is in")
     options = Options(
         gain=scale / softcap if softcap else 1.0,
-        squash=softcap is not None,
+        softcapped=softcap is not None,
         ignore_index=ignore_index,
         product_dtype=product_dtype,
         slab_dtype=logits_dtype,

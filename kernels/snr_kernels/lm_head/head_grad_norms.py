@@ -7,18 +7,19 @@ With respect to the head's own weights and to the hidden states that come into i
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from snr_kernels.checks import expect_names
-from snr_kernels.dispatch import Impl, exactly
+from snr_kernels.dispatch import Impl
 from snr_kernels.linear_grad_norms import Method, linear_grad_norms
 from snr_kernels.lm_head._passes import logit_gradients, statistics
 from snr_kernels.lm_head._tiles import Head, prepare
 from snr_kernels.lm_head.results import HeadGradNorms
+from snr_kernels.logprob_stats.results import IGNORE_INDEX
+from snr_kernels.precision import exactly
 from snr_kernels.products import add_product
 from snr_kernels.segments import Segments, segment_sums
 
@@ -33,7 +34,7 @@ def head_grad_norms(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     outputs: Collection[str] = HeadGradNorms._fields,
     method: Method = "auto",
     slab_bytes: int | None = None,
@@ -121,9 +122,7 @@ def head_grad_norms(
             norms["head_per_token"] = segment_sums(of_tokens * sizes, segments)
         if of_hidden is not None:
             norms["hidden"] = segment_sums(squared_norms(of_hidden, head.exact), segments)
-    return HeadGradNorms(
-        *cast("list[Tensor]", [norms[name] if name in asked else None for name in HeadGradNorms._fields])
-    )
+    return HeadGradNorms(*(norms[name] if name in asked else None for name in HeadGradNorms._fields))
 
 
 def squared_norms(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,7 @@
-"""One op: hidden states and weights of the head to what `logprob_stats` says of the logits, which never exist whole.
+"""The op's door: `linear_logprob_stats`, which gives what `logprob_stats` says of the logits, and its backward pass.
 
-Here: the function, its float64 reference, what it must cost, and its backward pass for autograd. How logits are
-cut into slabs is in ``_head``, what is done with each in ``_head_passes``, and how slabs and ranks are joined in
-``_softmax_parts``. The products are torch's (cuBLAS on a GPU), the rest is one pass of `logprob_stats` over each slab.
+``_tiles`` cuts the logits into slabs, ``_passes`` says what is done with each, and ``_merge`` joins slabs and ranks.
+The products are torch's (cuBLAS on a GPU); the rest is one pass of `logprob_stats` over each slab.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from snr_kernels.checks import expect_names
-from snr_kernels.dispatch import Impl, exactly
+from snr_kernels.dispatch import Impl
 from snr_kernels.lm_head._passes import Kept, gradients, statistics
 from snr_kernels.lm_head._tiles import Head, Options, prepare
 from snr_kernels.logprob_stats import LogprobStats
+from snr_kernels.logprob_stats.results import IGNORE_INDEX
+from snr_kernels.precision import exactly
 
 
 def linear_logprob_stats(
@@ -31,7 +32,7 @@ def linear_logprob_stats(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     outputs: Collection[str] = LogprobStats._fields,
     slab_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -114,7 +115,7 @@ def linear_logprob_stats(
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     found = _apply(hidden, weight, bias, labels, divisor, options, "entropy" in asked, squares, keep)
     values = [found[i].view(labels.shape) if name in asked else None for i, name in enumerate(LogprobStats._fields)]
-    return LogprobStats(*cast("list[Tensor]", values))
+    return LogprobStats(*values)
 
 
 # -------------------------------------------------------------------------------------------------------- autograd

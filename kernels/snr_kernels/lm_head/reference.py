@@ -21,7 +21,9 @@ def linear_logprob_stats_reference(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> LogprobStats:
-    """The same by the definitions, all logits in float64: differentiable in any mode and order.
+    """`logprob_stats_reference` of ``x = softcap tanh(scale (W h + b) / softcap)``, all logits in float64.
+
+    It is differentiable in any mode and order.
 
     Args:
         hidden: ``[..., d]``.
@@ -57,7 +59,7 @@ def head_grad_norms_reference(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> HeadGradNorms:
-    """The same by autograd, one log-prob after another, in float64.
+    """``||d log pi / d (W, b)||^2`` and ``||d log pi / d h||^2`` by autograd, one log-prob after another, in float64.
 
     Args:
         hidden: ``[N, d]``.
@@ -81,6 +83,7 @@ def head_grad_norms_reference(
     log_prob = linear_logprob_stats_reference(
         leaves[0], leaves[1], labels, temperature, None if bias is None else leaves[2], softcap=softcap, scale=scale
     ).log_prob
+    assert log_prob is not None  # a reference computes all statistics
 
     def squared_norms(loss: Tensor) -> tuple[Tensor, Tensor]:
         of_hidden, *of_head = torch.autograd.grad(loss, leaves, retain_graph=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class HeadGradNorms(NamedTuple):
-    """Squared norms of gradients of ``log pi = sum_t log p_t``, ``[S]`` each.
+    """Squared norms of gradients of ``log pi = sum_t log p_t``, ``[S]`` each; None where ``outputs=`` has left one out.
 
     Attributes:
         head: with respect to weight and bias, ``||sum_t g_t h_t^T||_F^2`` (and ``||sum_t g_t||^2``), where ``g_t`` is
@@ -18,6 +18,6 @@ class HeadGradNorms(NamedTuple):
         hidden: with respect to the hidden states, ``sum_t ||W^T g_t||^2``.
     """
 
-    head: Tensor
-    head_per_token: Tensor
-    hidden: Tensor
+    head: Tensor | None
+    head_per_token: Tensor | None
+    hidden: Tensor | None

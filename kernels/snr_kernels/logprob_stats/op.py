@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from snr_kernels.checks import expect_integers, expect_names
-from snr_kernels.dispatch import Impl, exact_dtype, runs_triton
+from snr_kernels.dispatch import Impl, runs_triton
 from snr_kernels.logprob_stats import _torch
-from snr_kernels.logprob_stats.results import LogprobStats, temperature_tensor
+from snr_kernels.logprob_stats.results import IGNORE_INDEX, LogprobStats, temperature_tensor
+from snr_kernels.precision import exact_dtype
 
 
 def logprob_stats(
@@ -25,7 +26,7 @@ def logprob_stats(
     labels: Tensor,
     temperature: float | Tensor = 1.0,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     outputs: Collection[str] = LogprobStats._fields,
     impl: Impl = "auto",
 ) -> LogprobStats:
@@ -92,7 +93,7 @@ def logprob_stats(
     op: Callable[..., Any] = _forward if torch.compiler.is_compiling() else _Statistics.apply
     found = op(logits, labels.long(), divisor, ignore_index, "entropy" in outputs, squares, impl)
     values = [found[i] if name in outputs else None for i, name in enumerate(LogprobStats._fields)]
-    return LogprobStats(*cast("list[Tensor]", values))
+    return LogprobStats(*values)
 
 
 # ------------------------------------------------------------------------------------------ registration with torch
@@ -100,7 +101,7 @@ _ARGUMENTS = "Tensor logits, Tensor labels, Tensor temperature, int ignore_index
 
 
 def _path(impl: str, logits: Tensor) -> ModuleType:
-    if not runs_triton(impl, logits):
+    if not runs_triton(cast("Impl", impl), logits):  # torch hands a str over; an unknown one is refused there
         return _torch
     from snr_kernels.logprob_stats import _triton
 

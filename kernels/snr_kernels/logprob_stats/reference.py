@@ -9,7 +9,9 @@ from snr_kernels.logprob_stats.results import LogprobStats
 
 
 def logprob_stats_reference(logits: Tensor, labels: Tensor, temperature: float | Tensor = 1.0) -> LogprobStats:
-    """The same by the definitions, in float64 and plain torch: slow, differentiable in any mode and order.
+    """``log p_y``, ``-sum p log p``, ``sum p^2``, ``||e_y - p||^2`` by the definitions, in float64 and plain torch.
+
+    It is slow, and differentiable in any mode and order.
 
     Args:
         logits: ``[..., V]``.

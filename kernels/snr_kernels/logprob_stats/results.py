@@ -1,4 +1,4 @@
-"""What the op returns, with or without logits, and the temperature that it takes."""
+"""What the ops on log-probs take and return, with logits or without: labels to leave out, temperatures, statistics."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+IGNORE_INDEX = -100  # the label of a row that is left out, as in torch's cross_entropy
+
 
 class LogprobStats(NamedTuple):
     """Per-token statistics of ``p = softmax(logits / temperature)``, each of the shape of ``labels``.
+
+    A statistic is None where ``outputs=`` has left it out.
 
     Attributes:
         log_prob: ``log p_y`` in nats.
@@ -18,10 +22,10 @@ class LogprobStats(NamedTuple):
         grad_norm_squared: ``||e_y - p||^2 = ||d log p_y / d (logits / temperature)||^2``, in ``[0, 2]``.
     """
 
-    log_prob: Tensor
-    entropy: Tensor
-    sum_p_squared: Tensor
-    grad_norm_squared: Tensor
+    log_prob: Tensor | None
+    entropy: Tensor | None
+    sum_p_squared: Tensor | None
+    grad_norm_squared: Tensor | None
 
 
 def temperature_tensor(temperature: float | Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from snr_kernels.dispatch import exact_dtype
+from snr_kernels.precision import exact_dtype
 from snr_kernels.segments import Segments, segment_sums
 
 

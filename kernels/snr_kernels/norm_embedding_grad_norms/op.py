@@ -11,8 +11,9 @@ from types import ModuleType
 from torch import Tensor
 
 from snr_kernels.checks import expect_integers
-from snr_kernels.dispatch import Impl, exactly, runs_triton
+from snr_kernels.dispatch import Impl, runs_triton
 from snr_kernels.norm_embedding_grad_norms import _torch
+from snr_kernels.precision import exactly
 from snr_kernels.segments import Segments
 
 

@@ -11,7 +11,18 @@ from torch import Tensor
 def normalization_grad_norms_reference(
     inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, eps: float, *, center: bool = False, bias: bool = False
 ) -> Tensor:
-    """The same by the definition, one sequence after another, in float64.
+    """``||sum_t g_t x_t / rms(x_t)||^2`` by the definition, one sequence after another, in float64.
+
+    Args:
+        inputs: ``[N, d]``, what was normalised.
+        grad_outputs: ``[N, d]``.
+        cu_seqlens: ``[S + 1]``.
+        eps: added to the mean square.
+        center: whether the layer subtracts the mean, as LayerNorm does.
+        bias: add the norm of the bias gradient.
+
+    Returns:
+        ``[S]``, float64.
 
     Example:
         >>> normalization_grad_norms_reference(torch.ones(2, 2), torch.ones(2, 2), torch.tensor([0, 2]), 0.0, bias=True)
@@ -31,7 +42,16 @@ def normalization_grad_norms_reference(
 def embedding_grad_norms_reference(
     ids: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, *, padding_idx: int | None = None
 ) -> Tensor:
-    """The same by the definition, one sequence after another, in float64.
+    """``sum_v ||sum_{t: id_t = v} g_t||^2`` by the definition, one sequence after another, in float64.
+
+    Args:
+        ids: ``[N]`` integers.
+        grad_outputs: ``[N, d]``.
+        cu_seqlens: ``[S + 1]``.
+        padding_idx: the row that gets no gradient.
+
+    Returns:
+        ``[S]``, float64.
 
     Example:
         >>> embedding_grad_norms_reference(torch.tensor([1, 1]), torch.ones(2, 3), torch.tensor([0, 2]))

@@ -159,9 +159,11 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
             return logit_grad_norms(logits[:, :-1], labels[:, 1:], temperature=self.temperature)
         outputs = ["grad_norm_squared"]
-        return model_logprob_stats(
+        norms = model_logprob_stats(
             self.model, input_ids, labels, temperature=self.temperature, outputs=outputs, attention_mask=attention_mask
         ).grad_norm_squared
+        assert norms is not None  # it was asked for
+        return norms
 
     # -- what TRL calls ---------------------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 
+import torch
+
 MODELS = ["plain", "tied", "shared", "experts", "parts", "checkpointed", "reentrant"]
 OPTIMIZERS = ["sgd", "momentum", "adam", "adamw", "adamax", "adagrad", "rmsprop"]
 ADAMS = {"adam", "adamw", "adamax"}  # the last keeps no second moment, as it turns out in its first step
@@ -201,7 +203,16 @@ def program_by(draw: random.Random, wrapper: str | None = None) -> Program:
                 if not isinstance(one, Clip) or isinstance(after, Step)
             )  # fmt: skip
         kept = _deferred(tuple(_as_processes_do(one, wrapper) for one in kept if _everywhere(one)), draw.random() < 0.5)
-    return Program(setting, kept)
+    return Program(_as_torch_2_6_does_it(setting) if torch.__version__.startswith("2.6") else setting, kept)
+
+
+def _as_torch_2_6_does_it(setting: Setting) -> Setting:
+    """Without what works otherwise there, also without us."""
+    if setting.schedule == "sequential":  # a SequentialLR overwrites initial_lr where it is a tensor
+        setting = replace(setting, lr="float")
+    if setting.optimizer == "adagrad" and setting.scaler:  # fused, it knows nothing of the scale
+        setting = replace(setting, implementation="loop")
+    return setting
 
 
 def _setting(draw: random.Random) -> Setting:

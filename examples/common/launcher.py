@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from runs import OnRow, Row, interruptible, stop_requested
+
+from examples.common.runs import OnRow, Row, interruptible, stop_requested
 
 
 class Job(Protocol):

@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from arithmetic import Problem
+from examples.common.arithmetic import Problem
 
 QUESTIONS, ANSWERS = ("question", "problem", "prompt"), ("answer", "solution")
 # What the checker reads is where a model is told to write.

@@ -1,12 +1,10 @@
-"""The policy: a Qwen3 (or any causal LM), sampling from it, and the log-probs and gradient norms of its samples."""
+"""The policy: a Qwen3 (or any causal LM), sampling from it, and the logits and log-probs of its samples."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from arithmetic import Problem, character_tokenizer, worked_examples
-from runs import OnRow, stop_requested
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -18,8 +16,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from snr_kernels.logprob_stats import logprob_stats
-from snr_optim import PerSampleGradNorms, logit_grad_norms
+from examples.common.arithmetic import Problem, character_tokenizer, worked_examples
+from examples.common.runs import OnRow, stop_requested
+from snr_optim import logit_grad_norms, logprob_stats
 
 Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Rollout = dict[str, Tensor]  # input_ids, attention_mask [B, prompt + T]; completion_mask [B, T]
@@ -114,18 +113,8 @@ def sequence_log_probs(model: Any, rollout: Rollout) -> Tensor:
     return (log_probs * rollout["completion_mask"]).sum(1)
 
 
-def baseline_weights(
-    kind: str, model: PreTrainedModel, rollout: Rollout, norms: PerSampleGradNorms | None = None
-) -> Tensor | None:
-    """``w_i = ||grad log pi(o_i)||^2``: exact, by a stand-in that needs a forward pass only, or all alike."""
-    if kind == "exact":
-        norms = norms or PerSampleGradNorms(model)
-        log_prob_sum = sequence_log_probs(model, rollout).sum()
-        with norms.sequences(batch_size=len(rollout["input_ids"])):
-            norms.backward(log_prob_sum)  # no weight gradients
-        return norms.squared()
-    if kind == "logit":
-        with torch.no_grad():
-            logits, tokens = completion_logits(model, rollout)
-        return logit_grad_norms(logits, tokens, rollout["completion_mask"]).sum(1)
-    return None
+@torch.no_grad()
+def logit_weights(model: Any, rollout: Rollout) -> Tensor:
+    """Stand-ins for ``||grad log pi(o_i)||^2``, ``[B]``, from a forward pass of their own: norms at the logits."""
+    logits, tokens = completion_logits(model, rollout)
+    return logit_grad_norms(logits, tokens, rollout["completion_mask"]).sum(1)
