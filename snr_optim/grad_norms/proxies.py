@@ -1,4 +1,4 @@
-"""Proxies of the gradient norm of a sequence: they need no backward pass, only the logits."""
+"""Proxies of the gradient norm of a sequence: they need no backward pass, only logits or log-probs."""
 
 from __future__ import annotations
 
@@ -53,3 +53,41 @@ def logit_grad_norms(
         norms = logprob_stats(logits, labels, temperature, ignore_index=IGNORE_INDEX, outputs=wanted).grad_norm_squared
     assert norms is not None  # it was asked for
     return norms
+
+
+def chosen_token_grad_norms(log_probs: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""A lower bound of :func:`logit_grad_norms`, within a factor of two, from the chosen tokens' log-probs alone.
+
+    .. math::
+        w_t = (1 - p_{y_t})^2, \qquad
+        w_t \le \|e_{y_t} - p_t\|^2 = (1 - p_{y_t})^2 + \sum_{v \neq y_t} p_{t,v}^2 \le 2 w_t
+
+    The probabilities of the other tokens are not known here, but they add up to ``1 - p``, so that their squares add up
+    to at most ``(1 - p)^2``. ``1 - p`` is computed as ``-expm1(log p)``, which has all the digits of ``log p`` where
+    ``p`` is close to 1.
+
+    Args:
+        log_probs: any shape, ``log p`` of the chosen tokens. What rounding has put above 0 counts as 0.
+        mask: the same shape, bool or 0/1; tokens that are not a policy's own choice give 0, whatever their log-prob.
+
+    Returns:
+        The shape of ``log_probs``, float32 (float64 for float64), in ``[0, 1]``, without gradient.
+
+    Raises:
+        TypeError: ``log_probs`` is not a tensor of floating-point numbers.
+        ValueError: a mask of another shape.
+
+    Example:
+        >>> chosen_token_grad_norms(torch.tensor([0.5, 1.0]).log())
+        tensor([0.2500, 0.0000])
+        >>> chosen_token_grad_norms(torch.tensor([-1e-12]))  # 1 - exp(-1e-12) is 0 in float32
+        tensor([1.0000e-24])
+    """
+    if not isinstance(log_probs, Tensor) or not log_probs.is_floating_point():
+        kind = log_probs.dtype if isinstance(log_probs, Tensor) else type(log_probs).__name__
+        raise TypeError(f"log_probs: expected a floating-point tensor, got {kind}")
+    if mask is not None and mask.shape != log_probs.shape:
+        raise ValueError(f"mask: expected the shape of log_probs, {list(log_probs.shape)}, got {list(mask.shape)}")
+    log_probs = log_probs.detach().to(torch.promote_types(log_probs.dtype, torch.float32))
+    bounds = torch.expm1(log_probs.clamp_max(0)).square()
+    return bounds if mask is None else torch.where(mask.to(bounds.device).bool(), bounds, 0)

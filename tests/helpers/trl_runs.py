@@ -12,11 +12,11 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from snr_optim import logit_grad_norms
 from snr_optim.integrations.trl import OBLRTrainerMixin
 
-GROUP, ROWS, ACCUMULATED = 4, 8, 2
+NUM_GENERATIONS, ROWS, ACCUMULATED = 4, 8, 2
 
 
 SETTINGS = {
-    "per_device_train_batch_size": ROWS, "gradient_accumulation_steps": ACCUMULATED, "num_generations": GROUP,
+    "per_device_train_batch_size": ROWS, "gradient_accumulation_steps": ACCUMULATED, "num_generations": NUM_GENERATIONS,
     "max_completion_length": 6, "max_steps": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
     "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "bf16": False, "report_to": "none",
     "disable_tqdm": True, "gradient_checkpointing": False, "num_generations_eval": 2, "per_device_eval_batch_size": 8,

@@ -391,7 +391,8 @@ def test_a_resumed_run_goes_on_with_the_baseline_of_its_checkpoint(with_data_sou
     for rollout_id in range(3):
         before(args, batch(Sample, seed=rollout_id))
         source.save(rollout_id)
-    assert sorted(path.name for path in tmp_path.rglob("oblr*")) == [f"oblr_baseline_{i}.pt" for i in range(3)]
+    names = sorted(path.name for path in (tmp_path / "rollout").glob("*baseline*"))
+    assert names == [f"snr_optim_baseline_{i}.pt" for i in range(3)]
     after.data_source(args).load(2)
     anew.data_source(args).load(7)  # no such checkpoint
     batches = [one(args, batch(Sample, seed=9))[1] for one in (before, after, anew)]

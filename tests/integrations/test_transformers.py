@@ -240,7 +240,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(tmp_path):
         SNRCallback(smothing=0.9)
     with pytest.raises(ValueError, match="min_factor"):
         SNRCallback(min_factor=2.0)
-    with pytest.raises(RuntimeError, match="called by no transformers Trainer"):
+    with pytest.raises(RuntimeError, match="SNRCallback: no transformers Trainer calls it"):
         SNRCallback().on_train_begin(None, object(), None)
     trainer = trained(tmp_path)
     trainer.is_deepspeed_enabled = True

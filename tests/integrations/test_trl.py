@@ -11,9 +11,9 @@ from trainers import tiny_qwen3
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig
 from trl_runs import (
     ACCUMULATED,
-    GROUP,
     GRPO,
     GRPO_UNBIASED,
+    NUM_GENERATIONS,
     RLOO,
     ROWS,
     SETTINGS,
@@ -46,7 +46,7 @@ def test_advantages_are_those_of_the_baseline_on_rewards_and_weights_of_every_ge
     for training, batch, of_functions, model in trainer.watched:
         rewards = added_up(of_functions)
         weights = weights_of(batch, model, temperature=0.8)
-        size = GROUP if training else 2
+        size = NUM_GENERATIONS if training else 2
         expected = reference.advantages(rewards, weights, groups=size, update=training)
         assert torch.allclose(batch["advantages"], expected, rtol=1e-4, atol=1e-6)
         seen.append(training)
@@ -76,14 +76,14 @@ def test_every_micro_batch_has_whole_prompts_and_all_rows_are_there(tmp_path):
     parts = trainer._buffered_inputs
     assert len(parts) == ACCUMULATED
     for part in parts:
-        _, counts = part["oblr_group"].unique(return_counts=True)
-        assert (counts == GROUP).all()
+        _, counts = part["oblr_prompt_group"].unique(return_counts=True)
+        assert (counts == NUM_GENERATIONS).all()
         assert part["num_items_in_batch"] == batch["num_items_in_batch"]
     together = torch.cat([torch.cat([part["completion_ids"], part["advantages"][:, None]], 1) for part in parts])
     whole = torch.cat([batch["completion_ids"], batch["advantages"][:, None]], 1)
     assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, whole.tolist()))
-    order = torch.cat([part["oblr_group"] for part in parts])[::GROUP].tolist()
-    assert sorted(order) == list(range(ROWS * ACCUMULATED // GROUP))
+    order = torch.cat([part["oblr_prompt_group"] for part in parts])[::NUM_GENERATIONS].tolist()
+    assert sorted(order) == list(range(ROWS * ACCUMULATED // NUM_GENERATIONS))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(tmp_path):
     with pytest.warns(UserWarning, match="scale_rewards='group' divides"):
         trained(GRPO, tmp_path, scale_rewards="group", max_steps=1)
     for kind in (SNRCallback, type("Mine", (SNRCallback,), {})):
-        with pytest.warns(UserWarning, match="size=2 is no multiple of num_generations=4"):
+        with pytest.warns(UserWarning, match="size=2 is not a multiple of num_generations=4"):
             trained(GRPO, tmp_path, callbacks=[kind()], per_device_train_batch_size=2, max_steps=1)
     with pytest.raises(ValueError, match="without process_group"):
         trained(GRPO, tmp_path, baseline=GradWeightedBaseline(process_group=object()))
@@ -207,7 +207,7 @@ def test_what_tools_have_said_does_not_weigh_and_images_are_refused(tmp_path):
 def test_a_loss_that_is_not_the_trainers_own_is_named():
     for changed in ({"_compute_loss": lambda self, model, inputs: 0.0}, {"aux_loss_enabled": True}):
         [finding] = object.__new__(type("Mine", (GRPO,), changed))._other_losses()
-        assert finding.startswith("_compute_loss is that of" if "_compute_loss" in changed else "the router's")
+        assert finding.startswith("_compute_loss comes from" if "_compute_loss" in changed else "the router's")
     for kind in (GRPO, RLOO):
         assert object.__new__(kind)._other_losses() == []
 
@@ -223,7 +223,7 @@ def test_two_processes_share_one_baseline_and_one_lr(two_trainer_processes):
     reference = GradWeightedBaseline()
     for of_functions, *local in zip(ranks[0]["rewards"], *(rank["local"] for rank in ranks), strict=True):
         weights, advantages = (torch.cat([part[i] for part in local]) for i in range(2))
-        expected = reference.advantages(added_up(of_functions), weights, groups=GROUP, update=True)
+        expected = reference.advantages(added_up(of_functions), weights, groups=NUM_GENERATIONS, update=True)
         assert torch.allclose(advantages, expected, rtol=1e-4, atol=1e-6)
     assert ranks[0]["log"] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
     for pair in zip(ranks[0]["rewards"], ranks[1]["rewards"], strict=True):

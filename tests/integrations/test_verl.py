@@ -27,8 +27,9 @@ from transfer_queue import KVBatchMeta
 from verl import DataProto
 from verl.trainer.ppo import core_algos, ray_trainer
 from verl.trainer.ppo.v1 import PPOTrainerSync, trainer_base
+from verl.utils import torch_functional as verl_functional
 
-from snr_optim import GradWeightedBaseline
+from snr_optim import GradWeightedBaseline, logit_grad_norms
 from snr_optim.integrations.verl import SNRAdamW, estimators, replacing, trainers
 from snr_optim.integrations.verl.__main__ import main
 from snr_optim.integrations.verl.settings import check_required, check_unbiased
@@ -73,12 +74,14 @@ def batch(prompts=5, size=4, length=6, seed=0):
 def weights_by_hand(data):
     """One token after the other."""
     weights = []
+    importance = data.batch.get("rollout_is_weights", torch.ones(data.batch["response_mask"].shape))
     for row in range(len(data)):
         total = 0.0
         for token in range(data.batch["response_mask"].shape[1]):
             if data.batch["response_mask"][row, token]:
                 p = math.exp(data.batch["old_log_probs"][row, token])
-                total += 1 - 2 * p + float(data.batch["sum_pi_squared"][row, token])
+                norm = 1 - 2 * p + float(data.batch["sum_pi_squared"][row, token])
+                total += norm * float(importance[row, token]) ** 2
         weights.append(total)
     return weights
 
@@ -148,13 +151,13 @@ def test_a_reward_at_a_token_that_is_not_trained_on_counts():
 
 
 def test_importance_weights_between_rollout_and_training_weigh_twice():
-    data, token = batch(), torch.rand(20, 6) + 0.5
-    data.batch["rollout_is_weights"] = token
-    found = advantages(data, "oblr_po")
-    folded = batch()
-    w = (1 - 2 * folded.batch["old_log_probs"].exp() + folded.batch["sum_pi_squared"]) * token**2
-    folded.batch["sum_pi_squared"] = w + 2 * folded.batch["old_log_probs"].exp() - 1
-    assert torch.allclose(found, advantages(folded, "oblr_po"), rtol=1e-4, atol=1e-5)
+    data = batch()
+    data.batch["rollout_is_weights"] = torch.rand(20, 6) + 0.5
+    groups = torch.tensor([int(uid.split()[1]) for uid in data.non_tensor_batch["uid"]])
+    rewards, weights = data.batch["token_level_rewards"].sum(1), torch.tensor(weights_by_hand(data))
+    expected = GradWeightedBaseline("group").advantages(rewards, weights, groups=groups)
+    assert torch.allclose(advantages(data, "oblr_po")[:, 0], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(advantages(batch(), "oblr_po")[:, 0], expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize(("name", "value"), [("old_log_probs", math.nan), ("token_level_rewards", math.inf)])
@@ -174,6 +177,48 @@ def test_weights_below_zero_by_rounding_count_as_zero():
     data.batch["old_log_probs"][:] = 0.0
     data.batch["sum_pi_squared"][:] = 1 - 1e-6
     assert torch.allclose(advantages(data, "oblr_po"), advantages(batch(), "rloo"), atol=1e-6)  # all alike: RLOO
+
+
+def confident(rest, words, count=50):
+    """Logits of tokens with probability ``1 - rest``, which are the first; the others share the rest at random."""
+    others = torch.randn(count, words - 1, dtype=torch.float64).log_softmax(-1) + math.log(rest)
+    logits = torch.cat([torch.full((count, 1), math.log1p(-rest), dtype=torch.float64), others], -1)
+    return logits, torch.zeros(count, dtype=torch.long)
+
+
+@pytest.mark.parametrize("words", [2, 5, 1000])
+@pytest.mark.parametrize("rest", [0.5, 1e-2, 1e-4, 1e-6, 1e-9])
+def test_weights_of_confident_tokens_are_within_a_factor_of_two_of_those_from_logits(rest, words):
+    logits, chosen = confident(rest, words)
+    reference = logit_grad_norms(logits, chosen)
+    # The best that verl can hand over: the right numbers, rounded to float32.
+    log_probs = torch.full((len(logits),), math.log1p(-rest), dtype=torch.float64).float()
+    sum_pi_squared = logits.softmax(-1).square().sum(-1).float()
+    found = estimators.token_grad_norms(log_probs, sum_pi_squared)
+    assert ((found >= reference / 2 * (1 - 1e-6)) & (found <= reference * 2 * (1 + 1e-6))).all()
+    error = 2**-24 + 2**-23 * rest  # of sum_pi_squared <= 1, and of p^2 by log p
+    assert ((found - reference).abs() <= error + 1e-6 * reference).all()
+    textbook = 1 - 2 * log_probs.exp() + sum_pi_squared
+    if rest <= 1e-6:
+        assert not ((textbook >= reference / 2) & (textbook <= reference * 2)).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 6.0, 10.0])
+def test_what_verl_computes_from_logits_gives_weights_near_those_from_logits(scale):
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(200, 2000, generator=generator) + 10
+    chosen = torch.distributions.Categorical(logits=logits).sample()
+    log_probs = verl_functional.logprobs_from_logits(logits, chosen)
+    sum_pi_squared = verl_functional.calculate_sum_pi_squared_from_logits(logits)
+    found, reference = estimators.token_grad_norms(log_probs, sum_pi_squared), logit_grad_norms(logits, chosen)
+    # Both are made of logsumexp, some tens here, which float32 rounds at 2e-6; the norm is a difference of such terms.
+    assert torch.allclose(found.float(), reference, rtol=1e-3, atol=2e-5)
+
+
+def test_a_token_that_is_not_finite_has_no_weight_that_is():
+    nan, half = torch.tensor([math.nan]), torch.tensor([0.5])
+    assert estimators.token_grad_norms(nan, half).isnan().all()
+    assert estimators.token_grad_norms(half.log(), nan).isnan().all()
 
 
 def test_lengths_as_weights():
@@ -289,7 +334,7 @@ def test_the_v1_trainer_asks_its_actor_for_the_weights_and_hands_them_on(monkeyp
     assert asked[0]["calculate_sum_pi_squared"] is True
     assert "calculate_sum_pi_squared" not in meta.extra_info  # the training pass would compute it again
     trainer._compute_advantage(meta, metrics)
-    assert trainers._beside.get() is None
+    assert trainers._extra_tensors.get() is None
     estimators._baselines.clear()
     expected = advantages(batch(), "grad_weighted")
     found = torch.nested.to_padded_tensor(queue["advantages"], 0.0)

@@ -1,8 +1,8 @@
-"""The gradient-weighted baseline in slime, by functions whose paths its command line takes.
+"""The gradient-weighted baseline in slime, as functions whose paths slime's command line takes.
 
-Here: ``SlimeAdvantages``, and the paths ``advantages`` and ``data_source`` made of it. slime is imported when
-``data_source`` is called, and Megatron never: all of this runs in slime's ``RolloutManager``, the one process that sees
-all samples of a batch.
+Here: ``SlimeAdvantages``, and the paths ``advantages`` and ``data_source`` that are made of it. ``data_source`` imports
+slime when it is called, and nothing here imports Megatron: all of this runs in slime's ``RolloutManager``, the one
+process that sees all samples of a batch.
 """
 
 from __future__ import annotations
@@ -10,59 +10,78 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from argparse import Namespace
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from snr_optim.baseline import GradWeightedBaseline
+from snr_optim.grad_norms.proxies import chosen_token_grad_norms
+from snr_optim.integrations._checkpoint import BASELINE_FILE, load_baseline, save_baseline
 from snr_optim.integrations.slime.settings import check_unbiased
 
 logger = logging.getLogger(__name__)
 
-BASELINE_FILE = "rollout/oblr_baseline_{}.pt"  # beside slime's own global_dataset_state_dict_{}.pt
-ESTIMATORS = ("grpo", "gspo", "cispo")  # take the processed reward as the advantage of all tokens, and do no more to it
+# slime has no folder for each checkpoint of its rollouts: all of them lie in one, as global_dataset_state_dict_{N}.pt.
+# So the file of the baseline carries the number of the rollout, too.
+ROLLOUT_FOLDER = "rollout"
+ESTIMATORS = ("grpo", "gspo", "cispo")  # those that use the processed reward, as it is, as the advantage of every token
+
+
+class Sample(Protocol):
+    """The fields of slime's ``Sample`` that are read here."""
+
+    group_index: int | None
+    rollout_id: int | None
+    reward: float | Mapping[str, float | None] | None
+    response_length: int
+    loss_mask: Sequence[int] | None
+    remove_sample: bool
+    rollout_log_probs: Sequence[float] | None
 
 
 class SlimeAdvantages:
-    r"""Advantages from :class:`GradWeightedBaseline` in place of slime's rewards minus the mean of their group.
+    r"""Advantages from :class:`GradWeightedBaseline`, instead of slime's rewards minus the mean of their prompt group.
 
     .. math::
         A_i = r_i - b_i, \qquad
         w_i = \sum_t (1 - p_{i,t})^2, \qquad
         \tfrac{1}{2} \sum_t \|e_{y_t} - p_t\|^2 \le w_i \le \sum_t \|e_{y_t} - p_t\|^2
 
-    OBLR-PO (arXiv 2511.23310, theorem 7), where ``p_{i,t}`` is the probability that SGLang gave the token which it
-    chose. The probabilities of the other tokens are not there, but they add up to ``1 - p``, so the sum of their
-    squares is at most ``(1 - p)^2``: these weights are within a factor of two of :func:`logit_grad_norms`, which are
-    themselves a stand-in for ``||grad log pi(o)||^2``. Tokens that ``loss_mask`` leaves out do not count.
+    This is theorem 7 of OBLR-PO (arXiv 2511.23310). ``p_{i,t}`` is the probability that SGLang gave the token which it
+    chose; slime does not have the probabilities of the other tokens, so the weights are those of
+    :func:`~snr_optim.grad_norms.proxies.chosen_token_grad_norms`. They are within a factor of two of
+    :func:`logit_grad_norms`, which are themselves a stand-in for ``||grad log pi(o)||^2``. Tokens that ``loss_mask``
+    leaves out do not count.
 
-    For ``--custom-reward-post-process-path``, which slime calls in its ``RolloutManager`` with all samples of a batch,
-    before it splits them over data-parallel ranks: a group is never in pieces. Its order and size do not matter:
-    samples belong together by their ``group_index``. Samples that share a ``rollout_id``, as agents make them, are one
-    output. A reward of None or NaN gives advantage 0.
+    An instance is what ``--custom-reward-post-process-path`` expects. slime calls it in its ``RolloutManager`` with all
+    samples of a batch, before it splits them over data-parallel ranks, so no prompt group is in pieces. Samples belong
+    together by their ``group_index``; the order and the sizes of the prompt groups do not matter. Samples that share a
+    ``rollout_id``, as agents make them, are one output. An output whose reward is None or NaN gets advantage 0.
 
-    slime divides the loss of an output by its number of tokens, which weighs an output by what it is and biases the
-    gradient. Therefore what is returned is
+    slime divides the loss of an output by its number of tokens. This makes the weight of an output depend on the output
+    itself, which biases the gradient. To undo it, the call returns
 
     .. math:: A_i \cdot \frac{\text{tokens of output } i}{\texttt{rollout\_max\_response\_len}}
 
-    and the gradient is that of ``sum_i A_i log pi(o_i)`` over the constant. With ``--calculate-per-token-loss`` or a
-    reducer of your own, which do not divide by that number, it is ``A_i``.
+    and the gradient is the one of ``sum_i A_i log pi(o_i)``, divided by the constant. With
+    ``--calculate-per-token-loss``, or with a reducer of your own, slime does not divide by that number, and the call
+    returns ``A_i``.
 
     Args:
-        baseline: another one than ``GradWeightedBaseline()``; without ``process_group``.
+        baseline: use this one instead of ``GradWeightedBaseline()``. It must not have a ``process_group``.
 
     Raises:
-        ValueError: a baseline with a ``process_group``.
+        ValueError: the baseline has a ``process_group``.
 
     Example:
-        >>> from types import SimpleNamespace as Sample
-        >>> args = Sample(advantage_estimator="grpo", rollout_max_response_len=8, entropy_coef=0.0)
+        >>> from types import SimpleNamespace
+        >>> args = SimpleNamespace(advantage_estimator="grpo", rollout_max_response_len=8, entropy_coef=0.0)
         >>> advantages = SlimeAdvantages(GradWeightedBaseline(scope="group"))
-        >>> samples = [Sample(group_index=0, rollout_id=None, reward=float(i), response_length=2, loss_mask=None,
-        ...     remove_sample=False, rollout_log_probs=[-0.5, -0.1]) for i in range(3)]
+        >>> samples = [SimpleNamespace(group_index=0, rollout_id=None, reward=float(i), response_length=2,
+        ...     loss_mask=None, remove_sample=False, rollout_log_probs=[-0.5, -0.1]) for i in range(3)]
         >>> advantages(args, samples)
         ([0.0, 1.0, 2.0], [-0.375, 0.0, 0.375])
     """
@@ -71,59 +90,62 @@ class SlimeAdvantages:
         self.baseline = GradWeightedBaseline() if baseline is None else baseline
         if self.baseline.process_group is not None:
             raise ValueError("baseline: expected one without process_group: all samples of a batch are in one process")
-        self._checked = False
+        self._settings_checked = False
 
-    def __call__(self, args: Any, samples: Sequence[Any]) -> tuple[list[float], list[float]]:
-        """What slime asks for: the rewards as they were, and those that it hands to the trainer as advantages.
+    def __call__(self, args: Namespace, samples: Sequence[Sample]) -> tuple[list[float], list[float]]:
+        """Return what slime asks for: the rewards as they were, and the numbers that it uses as advantages.
 
         Args:
-            args: slime's.
-            samples: slime's ``Sample``, all of a batch, flat.
+            args: slime's arguments.
+            samples: all of slime's samples of a batch, in one flat list.
 
         Returns:
-            A number for each sample, twice; a reward that was None is NaN.
+            Two lists with a number for each sample. A reward that was None is NaN in the first.
 
         Raises:
-            ValueError: settings under which a baseline is undone; samples without ``group_index`` or
-                ``rollout_log_probs``; samples of one ``rollout_id`` with several rewards or groups.
+            ValueError: a setting would undo the baseline; a sample has no ``group_index`` or no ``rollout_log_probs``;
+                samples of one ``rollout_id`` have several rewards or several prompt groups.
         """
-        self._check(args)
+        self._check_settings(args)
         if not samples:
             return [], []
         rewards = [_reward(args, sample) for sample in samples]
         outputs, first = _outputs(samples)
         index = torch.tensor(outputs)
-        groups = [_group(sample) for sample in samples]
+        prompt_groups = [_prompt_group(sample) for sample in samples]
         _expect_one_each("reward", rewards, outputs, first)
-        _expect_one_each("group_index", groups, outputs, first)
+        _expect_one_each("group_index", prompt_groups, outputs, first)
 
         masks = [_mask(sample) for sample in samples]
         weights = [self.gradient_weight(sample, mask) for sample, mask in zip(samples, masks, strict=True)]
         tokens = [mask.sum().item() for mask in masks]
-        of_outputs = torch.zeros(2, len(first), dtype=torch.float64)
-        of_outputs.index_add_(1, index, torch.tensor([weights, tokens], dtype=torch.float64))
+        output_sums = torch.zeros(2, len(first), dtype=torch.float64)
+        output_sums.index_add_(1, index, torch.tensor([weights, tokens], dtype=torch.float64))
+        output_weights, output_tokens = output_sums
         advantages = self.baseline.advantages(
             torch.tensor([rewards[i] for i in first], dtype=torch.float64),
-            of_outputs[0],
-            groups=torch.tensor([groups[i] for i in first]),
+            output_weights,
+            groups=torch.tensor([prompt_groups[i] for i in first]),
             update=True,
         )
         logger.info("baseline: %s", self.baseline.metrics())
         if _divides_by_tokens(args):
-            advantages = advantages * of_outputs[1] / args.rollout_max_response_len
+            advantages = advantages * output_tokens / args.rollout_max_response_len
         return rewards, advantages[index].tolist()
 
-    def gradient_weight(self, sample: Any, mask: Tensor) -> float:
-        r"""``||grad log pi(o)||^2`` of a sample, or what stands for it; only ratios matter. To override.
+    def gradient_weight(self, sample: Sample, mask: Tensor) -> float:
+        r"""Return a stand-in for ``||grad log pi(o)||^2`` of a sample; only the ratios between samples matter.
+
+        Override this to use other weights. The weight must depend on this sample alone.
 
         Args:
-            sample: slime's. It must be looked at by itself.
-            mask: ``[T]``, 1 at the tokens of the response that are trained on.
+            sample: one of slime's samples.
+            mask: ``[T]``, 1 at the tokens of the response that slime trains on.
 
         Raises:
-            ValueError: it has no log-probs for all of its tokens.
+            ValueError: the sample does not have a log-prob for each of its tokens.
         """
-        if not mask.any():  # aborted, or removed: nothing to train on
+        if not mask.any():  # the output was aborted or removed, and slime trains on none of its tokens
             return 0.0
         log_probs = sample.rollout_log_probs
         if log_probs is None or len(log_probs) != len(mask):
@@ -132,25 +154,22 @@ class SlimeAdvantages:
                 f"{None if log_probs is None else len(log_probs)}; set them in your generate function, or override "
                 "gradient_weight, for example with the length: lambda self, sample, mask: mask.sum().item()"
             )
-        others = torch.expm1(torch.tensor(log_probs, dtype=torch.float64).clamp_max(0))  # -(1 - p), also where p -> 1
-        return float((others.square() * mask).sum())
+        return float(chosen_token_grad_norms(torch.tensor(log_probs, dtype=torch.float64), mask).sum())
 
-    def data_source(self, args: Any) -> Any:
-        """The default data source of slime, whose checkpoints also hold what the baseline has learned.
+    def data_source(self, args: Namespace) -> Any:
+        """Return slime's default data source, whose checkpoints now also hold what the baseline has learned.
 
-        For ``--data-source-path``. slime saves and loads its data source where it saves and loads a checkpoint, in the
-        process where the baseline lives. Without it, a resumed run begins with a new baseline; a data source of your
-        own does the same with :meth:`save` and :meth:`load`.
+        This is what ``--data-source-path`` expects. slime saves and loads its data source wherever it saves and loads a
+        checkpoint, in the process where the baseline lives. Without it, a resumed run begins with a new baseline. A
+        data source of your own can call :meth:`save` and :meth:`load` instead.
 
         Args:
-            args: slime's.
+            args: slime's arguments.
 
         Returns:
             A ``RolloutDataSourceWithBuffer``.
         """
-        from slime.rollout.data_source import (
-            RolloutDataSourceWithBuffer,
-        )
+        from slime.rollout.data_source import RolloutDataSourceWithBuffer
 
         learned = self
 
@@ -165,19 +184,24 @@ class SlimeAdvantages:
 
         return DataSource(args)
 
-    def save(self, args: Any, rollout_id: int) -> None:
-        """Write what the baseline has learned into the checkpoint of a rollout."""
-        path = os.path.join(args.save, BASELINE_FILE.format(rollout_id))
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.save(self.baseline.state_dict(), path)
+    def save(self, args: Namespace, rollout_id: int) -> None:
+        """Write what the baseline has learned into the checkpoint of a rollout.
 
-    def load(self, args: Any, rollout_id: int | None) -> None:
-        """Read it again; with a checkpoint that has none, the baseline stays as it is."""
-        path = os.path.join(args.load or "", BASELINE_FILE.format(rollout_id))
-        if args.load is not None and os.path.isfile(path):
-            self.baseline.load_state_dict(torch.load(path, weights_only=True))
+        Raises:
+            OSError: the file cannot be written.
+        """
+        save_baseline(self.baseline, _baseline_path(args.save, rollout_id))
 
-    def _check(self, args: Any) -> None:
+    def load(self, args: Namespace, rollout_id: int | None) -> None:
+        """Read it again; the baseline stays as it is where the checkpoint has no file of a baseline.
+
+        Raises:
+            ValueError: the file is damaged, or the baseline has settings that its state does not suit.
+        """
+        if args.load is not None:
+            load_baseline(self.baseline, _baseline_path(args.load, rollout_id))
+
+    def _check_settings(self, args: Namespace) -> None:
         if args.advantage_estimator not in ESTIMATORS:
             raise ValueError(
                 f"advantage_estimator={args.advantage_estimator!r} does something of its own to rewards: set one of "
@@ -187,8 +211,8 @@ class SlimeAdvantages:
             raise ValueError("normalize_advantages=True takes the baseline away again: drop --normalize-advantages")
         if _divides_by_tokens(args) and not getattr(args, "rollout_max_response_len", None):
             raise ValueError("rollout_max_response_len: expected a number, to divide losses by; set the option")
-        findings = [] if self._checked else check_unbiased(args)
-        self._checked = True
+        findings = [] if self._settings_checked else check_unbiased(args)
+        self._settings_checked = True
         if findings:
             warnings.warn("SlimeAdvantages: these settings bias the gradient: " + "; ".join(findings), stacklevel=3)
 
@@ -197,30 +221,36 @@ advantages = SlimeAdvantages()
 data_source = advantages.data_source
 
 
-# ----------------------------------------------------------------------------------------------------- a slime Sample
-def _reward(args: Any, sample: Any) -> float:
-    reward, key = sample.reward, getattr(args, "reward_key", None)
+def _baseline_path(checkpoints: str, rollout_id: int | None) -> str:
+    name, extension = os.path.splitext(BASELINE_FILE)
+    return os.path.join(checkpoints, ROLLOUT_FOLDER, f"{name}_{rollout_id}{extension}")
+
+
+# ------------------------------------------------------------------------------------------------- reading a Sample
+def _reward(args: Namespace, sample: Sample) -> float:
+    reward: Any = sample.reward
+    key = getattr(args, "reward_key", None)
     if reward is not None and key:
         reward = reward[key]
     return float("nan") if reward is None else float(reward)
 
 
-def _group(sample: Any) -> int:
+def _prompt_group(sample: Sample) -> int:
     if sample.group_index is None:
         raise ValueError("group_index: expected the number of the prompt; got None. Set it in your data source")
     return int(sample.group_index)
 
 
-def _mask(sample: Any) -> Tensor:
-    """``[T]``: the tokens that slime is going to train on."""
+def _mask(sample: Sample) -> Tensor:
+    """Return ``[T]``, 1 at the tokens that slime is going to train on."""
     if sample.remove_sample:
         return torch.zeros(sample.response_length)
     return torch.ones(sample.response_length) if sample.loss_mask is None else torch.as_tensor(sample.loss_mask)
 
 
-def _outputs(samples: Sequence[Any]) -> tuple[list[int], list[int]]:
-    """Of which output, counted from 0, each sample is a part; and the first sample of each output."""
-    first: dict[Any, int] = {}
+def _outputs(samples: Sequence[Sample]) -> tuple[list[int], list[int]]:
+    """Number the outputs: which one each sample is a part of, and which sample is the first of each output."""
+    first: dict[Hashable, int] = {}
     keys = [("alone", i) if s.rollout_id is None else ("together", s.rollout_id) for i, s in enumerate(samples)]
     for i, key in enumerate(keys):
         first.setdefault(key, i)
@@ -228,7 +258,7 @@ def _outputs(samples: Sequence[Any]) -> tuple[list[int], list[int]]:
     return [numbers[key] for key in keys], list(first.values())
 
 
-def _expect_one_each(name: str, values: list[Any], outputs: list[int], first: list[int]) -> None:
+def _expect_one_each(name: str, values: Sequence[float], outputs: list[int], first: list[int]) -> None:
     for value, output in zip(values, outputs, strict=True):
         expected = values[first[output]]
         if value != expected and not (value != value and expected != expected):
@@ -238,7 +268,7 @@ def _expect_one_each(name: str, values: list[Any], outputs: list[int], first: li
             )
 
 
-def _divides_by_tokens(args: Any) -> bool:
+def _divides_by_tokens(args: Namespace) -> bool:
     return not (
         getattr(args, "calculate_per_token_loss", False)
         or getattr(args, "custom_pg_loss_reducer_function_path", None) is not None

@@ -1,13 +1,13 @@
-"""Which settings of slime make the gradient something else than that of the expected reward.
+"""Which settings of slime bias the gradient of the expected reward.
 
-Here: ``check_unbiased`` and its table. It looks at slime's arguments and needs no slime.
+Here: ``check_unbiased`` and its table. They read slime's arguments and do not import slime.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from argparse import Namespace
 
-from snr_optim.integrations._unbiased import MISSING, UNCLIPPED, Setting, findings, one_of
+from snr_optim.integrations._unbiased import UNCLIPPED, Setting, attribute_of, findings, one_of
 
 SETTINGS = [
     Setting(
@@ -69,20 +69,23 @@ SETTINGS = [
 ]
 
 
-def check_unbiased(args: Any) -> list[str]:
-    """Every setting with which slime's gradient is not, in the mean, that of the expected reward.
+def check_unbiased(args: Namespace) -> list[str]:
+    """Name every setting with which the mean of slime's gradient is not the gradient of the expected reward.
 
-    What no setting can change: outputs are sampled by SGLang, with other numerics than those of the gradient.
+    No setting can change that SGLang samples the outputs with other numerics than Megatron computes their gradient.
 
     Args:
-        args: slime's; settings that it does not have are passed over.
+        args: slime's arguments; settings that it does not have are passed over.
 
     Returns:
-        A sentence for each, as :func:`snr_optim.integrations.trl.check_unbiased` does.
+        A sentence for each such setting, as :func:`snr_optim.integrations.trl.check_unbiased` gives.
+
+    Raises:
+        TypeError: ``args`` has none of the settings.
 
     Example:
         >>> from types import SimpleNamespace
         >>> check_unbiased(SimpleNamespace(entropy_coef=0.01, partial_rollout=False))
         ['entropy_coef=0.01 adds the entropy to the objective: set entropy_coef=0.0']
     """
-    return findings(SETTINGS, args, lambda args, name: getattr(args, name, MISSING))
+    return findings(SETTINGS, args, attribute_of)

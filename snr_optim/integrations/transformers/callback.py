@@ -1,6 +1,6 @@
 """``SNRCallback``: the learning rate from measured gradient noise, in any ``transformers.Trainer``.
 
-Here: the callback, and all that has to be known of the Trainer. What it does to the optimizer is next door, in
+Here: the callback, and all that it has to know about the Trainer. What it does to the optimizer is in
 :mod:`snr_optim.integrations._ceiling`.
 """
 
@@ -10,6 +10,7 @@ import gc
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
 from typing import Any
@@ -27,41 +28,43 @@ from snr_optim.scheduler import SNRAdaptiveLR
 
 
 class SNRCallback(TrainerCallback, ExportableState):
-    r"""Every optimizer step of a ``Trainer`` at the Trainer's own lr times the signal share of its batch gradient.
+    r"""Runs every optimizer step of a ``Trainer`` at the Trainer's own lr, times the signal share of its gradient.
 
     .. math::
         \eta_t = \eta_{\max,t} \cdot \frac{S}{S + V}
 
-    :class:`SNRAdaptiveLR` (OBLR-PO, arXiv 2511.23310, theorem 4), for trainers that own the loop: ``learning_rate``,
-    warm-up and decay of the ``TrainingArguments`` are the ceiling ``eta_max``. Every backward pass is a sub-batch:
-    ``gradient_accumulation_steps`` x processes of them, measured raw, before clipping. DDP and ``fully_shard``
-    (FSDP2) need nothing more.
+    This is :class:`SNRAdaptiveLR` (OBLR-PO, arXiv 2511.23310, theorem 4) for trainers that own the loop:
+    ``learning_rate``, warm-up and decay of the ``TrainingArguments`` set the ceiling ``eta_max``. Every backward pass
+    of every process is a sub-batch, so a step has ``gradient_accumulation_steps`` x processes of them. Their gradients
+    are measured before clipping. DDP and ``fully_shard`` (FSDP2) need nothing more.
 
-    **In the log**, ``learning_rate`` is the lr of the step that was done, and :meth:`SNRAdaptiveLR.metrics` are there
-    as ``snr/factor``, ``snr/snr``, ``snr/ceiling``, ... (``train/snr/factor`` in TensorBoard and W&B; what is not
-    finite, or not known yet, is left out). **Checkpoints** of the Trainer hold the statistics, in
-    ``trainer_state.json``, and ``resume_from_checkpoint`` goes on bit for bit; a checkpoint made without the callback
-    starts them anew.
+    **In the log**, ``learning_rate`` is the lr of the step that was done. The metrics of :meth:`SNRAdaptiveLR.metrics`
+    stand beside it as ``snr/factor``, ``snr/snr``, ``snr/ceiling``, ... (``train/snr/factor`` in TensorBoard and W&B);
+    a metric that is not finite, or not known yet, is left out. **Checkpoints** of the Trainer hold the statistics in
+    ``trainer_state.json``, and ``resume_from_checkpoint`` goes on bit for bit. From a checkpoint that was made without
+    the callback, the statistics start anew.
 
-    Where the loss is divided by the labels of the whole batch, as it is for causal LMs, a micro-batch counts as much as
-    it has labels. A model that is given their number and leaves it unused has means for losses, which count equally: a
-    warning says so. Elsewhere all count equally, as they should where they have the same number of samples; the last
-    ones of an epoch may not: ``dataloader_drop_last=True`` leaves them out.
+    Where the Trainer divides the loss by the number of labels in the whole batch, as it does for causal LMs, a
+    micro-batch counts in proportion to its labels. Some models are given that number and leave it unused; the losses of
+    their micro-batches are means, which count equally, and a warning says so. Elsewhere all micro-batches count
+    equally,
+    which is right if they have equally many samples. The last ones of an epoch may have fewer:
+    ``dataloader_drop_last=True`` leaves them out.
 
     Args:
-        options: those of :class:`SNRAdaptiveLR`: ``smoothing``, ``min_factor``, ``max_factor``, ``norm``, ``adapt``,
-            ``per_group``.
+        options: the options of :class:`SNRAdaptiveLR`: ``smoothing``, ``min_factor``, ``max_factor``, ``norm``,
+            ``adapt``, ``per_group``.
 
     Attributes:
         scheduler: the :class:`SNRAdaptiveLR` of the present or last call of ``train()``; None before the first.
 
     Raises:
         TypeError: ``schedule=``, or an option that :class:`SNRAdaptiveLR` does not have.
-        ValueError: what :class:`SNRAdaptiveLR` raises.
+        ValueError: :class:`SNRAdaptiveLR` refuses the value of an option.
 
     When training begins:
-        ``ValueError`` where one backward pass per step in one process leaves nothing to compare; ``RuntimeError`` under
-        DeepSpeed, FSDP1, and whatever else :meth:`SNRAdaptiveLR.attach` refuses.
+        ``ValueError`` where a step has one backward pass in one process, which leaves nothing to compare;
+        ``RuntimeError`` under DeepSpeed and FSDP1, and wherever :meth:`SNRAdaptiveLR.attach` raises it.
 
     Example:
         >>> from transformers import Trainer
@@ -75,16 +78,16 @@ class SNRCallback(TrainerCallback, ExportableState):
         check_options(options)
         self.options = options
         self.scheduler: SNRAdaptiveLR | None = None
-        self.statistics: dict[str, Any] | None = None  # set by a Trainer that restores callbacks from a checkpoint
+        self.statistics: dict[str, Any] | None = None  # a Trainer that restores callbacks from a checkpoint sets it
         self._steps: ScaledSteps | None = None
         self._shares: TokenShares | None = None
 
     def metrics(self) -> dict[str, float]:
-        """:meth:`SNRAdaptiveLR.metrics`, about the last step; empty before training begins."""
+        """Return :meth:`SNRAdaptiveLR.metrics` of the last step; they are empty before training begins."""
         return {} if self.scheduler is None else self.scheduler.metrics()
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer puts into ``trainer_state.json``."""
+        """Return what the Trainer writes into ``trainer_state.json``."""
         statistics = None if self.scheduler is None else _to_json(self.scheduler.state_dict())
         return {"args": dict(self.options), "attributes": {"statistics": statistics}}
 
@@ -93,11 +96,11 @@ class SNRCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Model, optimizer and scheduler are as they will be: attach to them."""
+        """Attach to model and optimizer, which the Trainer has wrapped and sharded by now."""
         self._remove()  # after a train() that failed
         trainer = _trainer_of(self, state)
         _refuse_what_cannot_work(trainer, args)
-        _say_where_prompts_are_split(trainer, args)
+        _warn_if_prompts_are_split(trainer, args)
         name = type(self).__name__
         callbacks = trainer.callback_handler.callbacks
         if sum(isinstance(callback, SNRCallback) for callback in callbacks) > 1:
@@ -117,19 +120,21 @@ class SNRCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The step is done, and the Trainer is about to look up the lr that it was done with."""
+        """Tell the Trainer, which is about to look it up, the lr of the step that was done."""
         if self._steps is None:
             return
-        theirs = kwargs["lr_scheduler"]
-        if _is_read_in_optimizer(theirs):
-            self._steps.show()
+        schedule = kwargs["lr_scheduler"]
+        if _is_read_in_optimizer(schedule):
+            self._steps.write_last_lrs()
         else:
-            theirs._last_lr = self._steps.scheduler.get_last_lr()
+            # What torch's get_last_lr() returns until the Trainer steps its schedule, which computes it anew: torch has
+            # no public way to set it.
+            schedule._last_lr = self._steps.scheduler.get_last_lr()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """It has looked."""
+        """Put the ceilings back, now that the Trainer has looked the lr up."""
         if self._steps is not None:
-            self._steps.hide()
+            self._steps.restore_ceilings()
 
     def on_log(
         self,
@@ -139,18 +144,18 @@ class SNRCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Into the logs of training steps, and the history that the Trainer has just added them to."""
+        """Add our metrics to the log of a training step, and to the history where the Trainer has just put it."""
         if self._steps is None or logs is None or "learning_rate" not in logs:
             return
-        ours = {f"snr/{name}": value for name, value in self.metrics().items() if math.isfinite(value)}
-        logs.update(ours)
-        if state.log_history and "learning_rate" in state.log_history[-1]:  # a log() of one's own may keep none
-            state.log_history[-1].update(ours)
+        metrics = {f"snr/{name}": value for name, value in self.metrics().items() if math.isfinite(value)}
+        logs.update(metrics)
+        if state.log_history and "learning_rate" in state.log_history[-1]:  # a log() of the user's own may keep none
+            state.log_history[-1].update(metrics)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         self._remove()
 
     def _remove(self) -> None:
@@ -161,42 +166,42 @@ class SNRCallback(TrainerCallback, ExportableState):
 
 
 class TokenShares:
-    """Micro-batches of a Trainer that divides losses by the labels of the whole batch: each counts by its labels.
+    """Lets each micro-batch count by its labels, in a Trainer that divides losses by the labels of the whole batch.
 
     The Trainer hands the number of these labels to every model that takes keywords, but some leave it unused
-    (transformers#47688), so that each micro-batch is a mean and counts as much as any other. Which it is, the first
-    loss tells: whether that number is in its graph or, where it is not, whether the loss changes with it.
+    (transformers#47688), and then each micro-batch is a mean, which counts as much as any other. The first loss tells
+    which it is: either the number is in its graph, or else the loss is computed again with another number.
 
-    In the place of three methods of the Trainer, until removed: those that fetch the micro-batches of a step, compute
-    the loss of one, and run its backward pass. What somebody else has put there is what they call.
+    Until it is removed, it stands in for three methods of the Trainer: those that fetch the micro-batches of a step,
+    compute the loss of one, and run its backward pass. Each calls the method that it found, whoever put it there.
     """
 
     def __init__(self, trainer: Trainer, steps: ScaledSteps) -> None:
         self._trainer, self._steps = trainer, steps
-        self._labels: list[float] = []  # of the micro-batches to come
-        # Does the loss divide by the labels of the batch? None: not seen yet. Of a function of the user's own the
-        # Trainer takes it for granted.
+        self._labels: list[float] = []  # how many labels each micro-batch to come has
+        # Whether the loss divides by the labels of the batch; None until a loss was seen. The Trainer takes it for
+        # granted of a loss function that the user has given.
         self._divides: bool | None = True if trainer.compute_loss_func is not None else None
-        self._micro_batch: ExitStack | None = None  # the one whose loss is to be computed
-        self._ours = {
+        self._micro_batch: ExitStack | None = None  # ends with the micro-batch whose loss is computed next
+        self._replacements = {
             "get_batch_samples": self._get_batch_samples,
             "compute_loss": self._compute_loss,
             "training_step": self._training_step,
         }
-        self._theirs = {name: getattr(trainer, name) for name in self._ours}
-        self._on_instance = vars(trainer).keys() & self._ours.keys()
-        vars(trainer).update(self._ours)
+        self._originals = {name: getattr(trainer, name) for name in self._replacements}
+        self._on_instance = vars(trainer).keys() & self._replacements.keys()
+        vars(trainer).update(self._replacements)
 
     def remove(self) -> None:
-        """Put back what was there, unless somebody has replaced ours since."""
-        for name, method in self._ours.items():
+        """Put the original methods back, except where somebody has replaced a replacement since."""
+        for name, method in self._replacements.items():
             if vars(self._trainer).get(name) == method:
                 del vars(self._trainer)[name]
                 if name in self._on_instance:
-                    vars(self._trainer)[name] = self._theirs[name]
+                    vars(self._trainer)[name] = self._originals[name]
 
     def _get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        batches, number = self._theirs["get_batch_samples"](*args, **kwargs)
+        batches, number = self._originals["get_batch_samples"](*args, **kwargs)
         if number is None:  # losses are means
             self._labels = []
         else:  # the host waits once for each step
@@ -205,7 +210,7 @@ class TokenShares:
         return batches, number
 
     def _counted(self, batch: dict[str, Tensor]) -> Tensor:
-        """The labels that the Trainer counts: a causal LM predicts all but the first, unless they came shifted."""
+        """Return the labels that the Trainer counts: all but the first for a causal LM, unless they are shifted."""
         if "shift_labels" in batch:
             return batch["shift_labels"]
         return batch["labels"][..., 1:] if getattr(self._trainer, "_loss_shifts_labels", False) else batch["labels"]
@@ -214,14 +219,14 @@ class TokenShares:
         with ExitStack() as micro_batch:
             self._micro_batch = micro_batch if self._labels else None
             try:
-                return self._theirs["training_step"](*args, **kwargs)
+                return self._originals["training_step"](*args, **kwargs)
             finally:
                 self._micro_batch = None
 
     def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Between the forward pass and the backward pass of a micro-batch: now its share can be known."""
+        """Compute the loss, and say what share of the batch the backward pass to come has: only now it can be known."""
         micro_batch, self._micro_batch = self._micro_batch, None
-        compute = self._theirs["compute_loss"]
+        compute = self._originals["compute_loss"]
         if micro_batch is None:  # an evaluation
             return compute(*args, **kwargs)
         labels = self._labels.pop(0)
@@ -232,16 +237,18 @@ class TokenShares:
             returned = compute(*args, **{**kwargs, "num_items_in_batch": number})
             loss = _loss_of(returned)
             if loss.grad_fn is not None:
-                self._divides = depends_on(loss, number) or self._changes(compute, given, kwargs)
-                self._say_if_it_is_left_unused()
+                self._divides = depends_on(loss, number) or self._differs_with_the_number(compute, given, kwargs)
+                self._warn_if_the_number_is_unused()
         else:
             returned = compute(*args, **kwargs)
         if self._divides is not False:
             micro_batch.enter_context(self._steps.handle.sub_batch(size=labels))
         return returned
 
-    def _changes(self, compute: Any, given: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether the loss is another one for another number of labels, which it may take as a Python number."""
+    def _differs_with_the_number(
+        self, compute: Callable[..., Any], given: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether another number of labels gives another loss, which may have read it as a Python number."""
         losses = []
         for factor in (1, 2):
             number = {"num_items_in_batch": kwargs["num_items_in_batch"] * factor}
@@ -250,9 +257,9 @@ class TokenShares:
                 losses.append(_loss_of(compute(*copies, **{**kwargs, **number})).detach())
         return bool(torch.ne(*losses))
 
-    def _say_if_it_is_left_unused(self) -> None:
+    def _warn_if_the_number_is_unused(self) -> None:
         if self._divides or getattr(self._trainer, "loss_is_scaled_for_ga", None) is False:
-            return  # and otherwise the Trainer takes their average, as it should
+            return  # in the second case the Trainer averages the micro-batches itself, as it should
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         warnings.warn(
             f"SNRCallback: the loss of {type(model).__name__} does not depend on num_items_in_batch, the number of "
@@ -269,27 +276,27 @@ def _loss_of(returned: Any) -> Tensor:
 
 
 def _trainer_of(callback: SNRCallback, state: TrainerState) -> Trainer:
-    """The Trainer whose callback this is.
+    """Find the Trainer that calls this callback.
 
-    It hands callbacks the bare model, without the DistributedDataParallel around it, and no way from there to itself.
+    A Trainer hands its callbacks the bare model, without the DistributedDataParallel around it, and no way to itself.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:  # it stands on the stack, above the handler of its callbacks
+    while frame is not None:  # the Trainer stands on the stack, above the handler of its callbacks
         found: Any = frame.f_locals.get("self")
         if issubclass(type(found), Trainer) and getattr(found, "state", None) is state:
             return found  # type: ignore[no-any-return]
         frame = frame.f_back
-    for found in gc.get_objects():  # or its handler was called by a loop of somebody else's
+    for found in gc.get_objects():  # or a loop of somebody else's has called the handler
         if issubclass(type(found), Trainer) and getattr(found, "state", None) is state:
             return found  # type: ignore[no-any-return]
     raise RuntimeError(
-        f"{type(callback).__name__}: called by no transformers Trainer. In a loop of your own, use "
+        f"{type(callback).__name__}: no transformers Trainer calls it. In a loop of your own, use "
         "SNRAdaptiveLR(optimizer).attach(model)"
     )
 
 
 def _saved(state: TrainerState) -> dict[str, Any]:
-    """By the name of a callback's class; declared as a list, which is what it is made of."""
+    """Return what the Trainer has saved of its callbacks, by class name; the type that it declares is wrong."""
     saved: Any = state.stateful_callbacks
     return saved  # type: ignore[no-any-return]
 
@@ -315,16 +322,16 @@ def _refuse_what_cannot_work(trainer: Trainer, args: TrainingArguments) -> None:
         )
 
 
-def _say_where_prompts_are_split(trainer: Any, args: TrainingArguments) -> None:
-    """In TRL's trainers with groups of outputs, which are no independent draws."""
+def _warn_if_prompts_are_split(trainer: Any, args: TrainingArguments) -> None:
+    """Warn where TRL spreads the outputs of a prompt over micro-batches, which are then not independent draws."""
     size, rows = getattr(trainer, "num_generations", 1), args.per_device_train_batch_size
     split = None
     if size > 1 and not hasattr(trainer, "gradient_weights"):
         split = "OBLRTrainerMixin of snr_optim.integrations.trl keeps prompts whole"
     elif size > 1 and rows % size:
         split = (
-            f"per_device_train_batch_size={rows} is no multiple of num_generations={size}: set it to a multiple, and "
-            "gradient_accumulation_steps to 2 or more"
+            f"per_device_train_batch_size={rows} is not a multiple of num_generations={size}: set it to a multiple, "
+            "and gradient_accumulation_steps to 2 or more"
         )
     if split is not None:
         warnings.warn(
@@ -335,12 +342,12 @@ def _say_where_prompts_are_split(trainer: Any, args: TrainingArguments) -> None:
 
 
 def _is_read_in_optimizer(scheduler: Any) -> bool:
-    """Does the Trainer look for the lr in the optimizer, as it does with schedulers that wait for a metric?"""
+    """Whether the Trainer logs the lr that it finds in the optimizer, as it does for schedules that need a metric."""
     return isinstance(scheduler, ReduceLROnPlateau) or type(scheduler).__name__ == "GreedyLR"
 
 
 def _to_json(value: Any) -> Any:
-    """Tensors as numbers and the name of their dtype: Python's JSON keeps every bit of a float64."""
+    """Replace tensors by their numbers and the name of their dtype: Python's JSON keeps every bit of a float64."""
     if isinstance(value, Tensor):
         return {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
     if isinstance(value, dict):

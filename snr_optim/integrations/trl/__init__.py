@@ -1,4 +1,11 @@
-"""The baseline in TRL's GRPOTrainer and RLOOTrainer, and what in their settings biases the gradient."""
+"""The gradient-weighted baseline in TRL's GRPOTrainer and RLOOTrainer.
+
+- ``OBLRTrainerMixin``: put it before the trainer, ``class MyTrainer(OBLRTrainerMixin, GRPOTrainer)``.
+- ``check_unbiased``: which of a config's settings bias the gradient.
+- ``TESTED``: the versions of TRL that the tests run with.
+
+TRL itself is not imported. The learning rate is ``snr_optim.integrations.transformers.SNRCallback``.
+"""
 
 from snr_optim.integrations.trl.settings import check_unbiased as check_unbiased
 from snr_optim.integrations.trl.trainer import TESTED as TESTED

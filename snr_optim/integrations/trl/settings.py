@@ -1,13 +1,11 @@
-"""Which settings of TRL's GRPO and RLOO make the gradient something else than that of the expected reward.
+"""Which settings of TRL's GRPO and RLOO bias the gradient of the expected reward.
 
-Here: ``check_unbiased`` and its table. It looks at a config and needs neither TRL nor a trainer.
+Here: ``check_unbiased`` and its table. They read a config and import neither TRL nor a trainer.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from snr_optim.integrations._unbiased import MISSING, UNCLIPPED, Setting, findings, one_of
+from snr_optim.integrations._unbiased import UNCLIPPED, Setting, attribute_of, findings, one_of
 
 EXACT_LOSSES = ("luspo", "dr_grpo")  # sums over tokens by constants; the other losses divide by random lengths
 
@@ -115,25 +113,29 @@ SETTINGS = [
 ]
 
 
-def check_unbiased(args: Any) -> list[str]:
-    r"""Every setting with which TRL's gradient is not, in the mean, that of the expected reward.
+def check_unbiased(args: object) -> list[str]:
+    r"""Name every setting with which the mean of TRL's gradient is not the gradient of the expected reward.
 
     .. math::
         \nabla J = E\big[ (r - b)\, \nabla \log \pi(o) \big]
 
-    needs outputs drawn from the very policy, all their tokens with one weight, a baseline that does not look at
-    the output, and nothing else in the loss. Checked against autograd: with these settings the gradient of the batch is
-    ``sum_i A_i grad log pi(o_i)``, times a constant.
+    holds where outputs are drawn from the very policy, all their tokens have one weight, the baseline of an output does
+    not depend on that output, and the loss has no other term. A test against autograd shows that with the settings
+    named here the gradient of a batch is ``sum_i A_i grad log pi(o_i)``, times a constant.
 
     Args:
         args: a ``GRPOConfig`` or ``RLOOConfig``; settings that it does not have are passed over.
 
     Returns:
-        A sentence for each: its name and value, what is wrong with it, and what to set instead. Empty if all is well.
+        A sentence for each such setting: its name and value, what is wrong with it, and what to set instead. The list
+        is empty if all is well.
+
+    Raises:
+        TypeError: ``args`` has none of the settings.
 
     Example:
         >>> from types import SimpleNamespace
         >>> check_unbiased(SimpleNamespace(beta=0.04, num_iterations=1))
         ['beta=0.04 adds a KL penalty to the objective: set beta=0.0']
     """
-    return findings(SETTINGS, args, lambda args, name: getattr(args, name, MISSING))
+    return findings(SETTINGS, args, attribute_of)

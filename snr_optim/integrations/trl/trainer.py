@@ -1,8 +1,7 @@
-"""TRL's GRPOTrainer and RLOOTrainer with the gradient-weighted baseline, and which of their settings bias the gradient.
+"""``OBLRTrainerMixin``: the gradient-weighted baseline in TRL's GRPOTrainer and RLOOTrainer.
 
-Here: ``OBLRTrainerMixin``, ``check_unbiased``, and all that has to be known of TRL, which is not imported: the class
-that is mixed with brings it. The learning rate is the business of
-:class:`~snr_optim.integrations.transformers.SNRCallback`.
+Here: the mixin, and all that it has to know about TRL. It does not import TRL: the class that it is mixed with brings
+it. The learning rate belongs to :class:`~snr_optim.integrations.transformers.SNRCallback`.
 """
 
 from __future__ import annotations
@@ -19,55 +18,55 @@ from torch import Tensor
 from snr_optim.baseline import GradWeightedBaseline
 from snr_optim.causal_lm import IGNORE_INDEX, model_logprob_stats
 from snr_optim.grad_norms import logit_grad_norms
+from snr_optim.integrations._checkpoint import BASELINE_FILE, load_baseline, save_baseline
 from snr_optim.integrations.trl.settings import check_unbiased
 
-BASELINE_FILE = "oblr_baseline.pt"
-GROUP = "oblr_group"  # which prompt of the generated batch a row belongs to
-LOSSES = ("trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer")  # whose losses are known
+PROMPT_GROUP = "oblr_prompt_group"  # in a batch of TRL: which prompt each row belongs to
+KNOWN_LOSSES = ("trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer")  # modules whose losses are sum A log pi
 TESTED = "1.14, 1.15 and 1.16"
 OVERRIDDEN = ("_generate_and_score_completions", "_calculate_rewards", "_prepare_inputs", "_save_checkpoint")
 RELIED_ON = (
     "model", "args", "accelerator", "temperature", "reward_weights", "num_generations", "num_generations_eval",
     "_buffered_inputs", "_step", "_metrics", "_logs",
 )  # fmt: skip
-BATCH = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+EXPECTED_IN_BATCH = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
 
 _Trainer: Any = object
 
 
-class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTrainer, known only to who mixes
-    r"""Advantages from :class:`GradWeightedBaseline`, in place of the mean of the group, in TRL's trainers.
+class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTrainer, as the user chooses
+    r"""Advantages from :class:`GradWeightedBaseline` in TRL's trainers, instead of the mean of the prompt group.
 
     .. math::
         A_i = r_i - b_i, \qquad
         b_i = \frac{\sum_{j \neq i} w_j r_j + \ldots}{\sum_{j \neq i} w_j + \ldots}, \qquad
         w_j = \sum_t \|e_{y_t} - p_t\|^2
 
-    OBLR-PO (arXiv 2511.23310, theorem 7), with the weights of :func:`logit_grad_norms` summed over the tokens of the
-    completion. They cost one forward pass without gradient for each generated batch, and no logits
-    (:func:`model_logprob_stats`); :meth:`gradient_weights` is there to be overridden. The baseline learns from every
-    generated batch once, after its advantages, and not from evaluation.
+    This is theorem 7 of OBLR-PO (arXiv 2511.23310), with the weights of :func:`logit_grad_norms` summed over the tokens
+    of the completion. They cost one forward pass without gradient for each generated batch, which makes no logits
+    (:func:`model_logprob_stats`). Override :meth:`gradient_weights` to use other weights. The baseline learns once from
+    every generated batch, after it has computed the advantages, and never from evaluation.
 
-    Rewards are TRL's: those of its reward functions, weighted and summed, those of all ranks; NaN, where no function
-    scored a completion, gives advantage 0. The advantages in TRL's table of completions are the ones trained with, and
-    :meth:`GradWeightedBaseline.metrics` are logged as ``baseline/kappa``, ``baseline/second_moment``, ... Checkpoints
-    hold what was learned, in ``oblr_baseline.pt``.
+    The rewards are TRL's: it calls the reward functions, weights and sums what they return, and gathers all ranks. A
+    completion that no function scored (NaN) gets advantage 0. TRL's table of completions shows the advantages that were
+    trained with, its log has :meth:`GradWeightedBaseline.metrics` as ``baseline/kappa``, ``baseline/second_moment``,
+    ..., and its checkpoints hold what the baseline has learned, in ``snr_optim_baseline.pt``.
 
-    TRL shuffles all completions before it splits them into micro-batches. Here every micro-batch gets whole prompts, if
-    ``per_device_train_batch_size`` is a multiple of ``num_generations``: then micro-batches are independent, as
-    :class:`~snr_optim.integrations.transformers.SNRCallback` takes them to be. Otherwise it warns.
+    TRL shuffles all completions before it splits them into micro-batches. The mixin gives whole prompts to every
+    micro-batch if ``per_device_train_batch_size`` is a multiple of ``num_generations``. Then micro-batches are
+    independent, as :class:`~snr_optim.integrations.transformers.SNRCallback` needs them; otherwise the callback warns.
 
     Args:
-        args: of the trainer, as are ``kwargs``.
-        baseline: another one than ``GradWeightedBaseline()``; without ``process_group``.
-        require_unbiased: raise for what :func:`check_unbiased` finds, instead of one warning.
-        kwargs: of the trainer.
+        args: arguments of the trainer, as are ``kwargs``.
+        baseline: use this one instead of ``GradWeightedBaseline()``. It must not have a ``process_group``.
+        require_unbiased: raise where :func:`check_unbiased` finds something, instead of warning once.
+        kwargs: arguments of the trainer.
 
     Raises:
-        TypeError: mixed with something else than such a trainer, or not before it.
-        RuntimeError: the trainer of this version of TRL lacks something.
-        ValueError: RLOO with ``beta``: its KL penalty is part of rewards that nobody else sees; a baseline with a
-            ``process_group``; ``require_unbiased``, and settings that bias the gradient.
+        TypeError: the class is not mixed with such a trainer, or comes after it.
+        RuntimeError: the trainer of this version of TRL lacks something that the mixin needs.
+        ValueError: RLOO has ``beta``, whose KL penalty goes into rewards that nobody else sees; the baseline has a
+            ``process_group``; settings bias the gradient and ``require_unbiased`` is set.
 
     Example:
         >>> from snr_optim.integrations.trl import OBLRTrainerMixin
@@ -77,8 +76,8 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
     """
 
     baseline: GradWeightedBaseline
-    _rewards_per_func: Tensor | None  # of the batch that is being generated
-    _buffered_inputs: Any  # TRL's micro-batches
+    _rewards_per_func: Tensor | None  # the rewards of the batch that is being generated
+    _buffered_inputs: Any  # TRL keeps its micro-batches here
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -92,7 +91,7 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
             raise ValueError("baseline: expected one without process_group: the rewards of all ranks are gathered here")
         self._rewards_per_func = None
         for argument in (*args, *kwargs.values()):
-            _expect_rewards_without_kl(argument)  # of the config, before TRL loads a reference model for it
+            _expect_rewards_without_kl(argument)  # one is the config: refuse before TRL loads a reference model
         super().__init__(*args, **kwargs)
         missing = [name for name in RELIED_ON if not hasattr(self, name)]
         if missing:
@@ -108,24 +107,25 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
             )
 
     def _other_losses(self) -> list[str]:
-        """What of the loss is not in the settings."""
+        """Name what the loss has that no setting shows."""
         found = []
         if getattr(self, "aux_loss_enabled", False):
             found.append("the router's auxiliary loss is added to the objective: set router_aux_loss_coef=0.0")
         for name in ("compute_loss", "_compute_loss"):
-            theirs = getattr(getattr(type(self), name, None), "__module__", LOSSES[0])
-            if theirs not in LOSSES:
-                found.append(f"{name} is that of {theirs}, not TRL's: make sure that it is sum A log pi")
+            theirs = getattr(getattr(type(self), name, None), "__module__", KNOWN_LOSSES[0])
+            if theirs not in KNOWN_LOSSES:
+                found.append(f"{name} comes from {theirs}, not from TRL: make sure that it is sum A log pi")
         return found
 
     def gradient_weights(self, batch: dict[str, Any]) -> Tensor:
-        r"""``||grad log pi(o)||^2`` of every completion, or what stands for it; only their ratios matter.
+        r"""Return a stand-in for ``||grad log pi(o)||^2`` of every completion; only the ratios matter.
 
-        To override, for exact norms or for models with images. It must look at each completion by itself.
+        Override this to use exact norms, or for models with images. The weight of a completion must depend on that
+        completion alone.
 
         Args:
-            batch: of this rank, as TRL makes it: ``prompt_ids`` and ``prompt_mask`` ``[B, P]``, ``completion_ids`` and
-                ``completion_mask`` ``[B, C]``, maybe ``tool_mask`` ``[B, C]``.
+            batch: the batch of this rank, as TRL makes it: ``prompt_ids`` and ``prompt_mask`` ``[B, P]``,
+                ``completion_ids`` and ``completion_mask`` ``[B, C]``, and ``tool_mask`` ``[B, C]`` if there are tools.
 
         Returns:
             ``[B]``, not negative.
@@ -138,7 +138,7 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
                 "gradient_weights: images are not passed to the model here; override it, for example with the lengths: "
                 "lambda self, batch: batch['completion_mask'].sum(1)"
             )
-        chosen = batch["completion_mask"]  # by the policy: not what tools have said
+        chosen = batch["completion_mask"]  # the tokens that the policy chose, without what tools have said
         if batch.get("tool_mask") is not None:
             chosen = chosen * batch["tool_mask"]
         input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
@@ -148,19 +148,19 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
         rows = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
         weights = []
         with torch.no_grad(), self.accelerator.autocast(), warnings.catch_warnings():
-            # Reentrant checkpoints say so wherever no gradient is wanted.
+            # Reentrant checkpointing says this of every pass without gradient.
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
             for part in torch.split(torch.arange(len(labels), device=labels.device), rows):
-                weights.append(self._grad_norms(input_ids[part], attention_mask[part], labels[part]).sum(1))
+                weights.append(self._token_grad_norms(input_ids[part], attention_mask[part], labels[part]).sum(1))
         return torch.cat(weights)
 
-    def _grad_norms(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        if getattr(self.args, "cast_lm_head_to_fp32", False):  # TRL has put another forward into the head
+    def _token_grad_norms(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        if getattr(self.args, "cast_lm_head_to_fp32", False):  # TRL has replaced the forward of the head
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
             return logit_grad_norms(logits[:, :-1], labels[:, 1:], temperature=self.temperature)
-        names = ["grad_norm_squared"]
+        outputs = ["grad_norm_squared"]
         norms = model_logprob_stats(
-            self.model, input_ids, labels, temperature=self.temperature, outputs=names, attention_mask=attention_mask
+            self.model, input_ids, labels, temperature=self.temperature, outputs=outputs, attention_mask=attention_mask
         ).grad_norm_squared
         assert norms is not None  # it was asked for
         return norms
@@ -168,15 +168,15 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
     # -- what TRL calls ---------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """TRL's, of all ranks, ``[B of all ranks, functions]``; kept until the advantages are computed."""
+        """Keep TRL's rewards, ``[B of all ranks, functions]``, until the advantages are computed."""
         self._rewards_per_func = rewards = super()._calculate_rewards(*args, **kwargs)
         return rewards  # type: ignore[no-any-return]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's, but for the advantages."""
+        """Replace the advantages in TRL's batch."""
         self._rewards_per_func = None
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        missing = [name for name in BATCH if name not in batch]
+        missing = [name for name in EXPECTED_IN_BATCH if name not in batch]
         if missing or self._rewards_per_func is None:
             raise _unsupported(type(self), missing or ["a call of _calculate_rewards"])
         training = self.model.training
@@ -184,55 +184,55 @@ class OBLRTrainerMixin(_Trainer):  # type: ignore[misc]  # GRPOTrainer or RLOOTr
         size = self.num_generations if training else self.num_generations_eval
         rewards = self._rewards(self._rewards_per_func)
         weights = self.accelerator.gather(self.gradient_weights(batch).to(rewards.device))
-        # Every rank has all of them, and so the same baseline.
+        # Every rank has the rewards and weights of all ranks, and so the same baseline.
         advantages = self.baseline.advantages(rewards, weights, groups=size, update=training)
         first = self.accelerator.process_index * len(batch["advantages"])
-        mine = slice(first, first + len(batch["advantages"]))
-        batch["advantages"] = advantages[mine].to(batch["advantages"])
-        batch[GROUP] = torch.arange(len(rewards), device=rewards.device)[mine] // size
+        rows = slice(first, first + len(batch["advantages"]))  # of this rank
+        batch["advantages"] = advantages[rows].to(batch["advantages"])
+        batch[PROMPT_GROUP] = torch.arange(len(rewards), device=rewards.device)[rows] // size
         _replace_last(self._logs["advantages"], advantages.tolist())
         for name, value in self.baseline.metrics().items():
             self._metrics[mode][f"baseline/{name}"].append(value)
         return batch
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """TRL's, but for the order in which a new batch is split into micro-batches."""
+        """Let TRL split a new batch into micro-batches, and then keep the rows of each prompt together."""
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training or self._buffered_inputs is before:
             return inputs
         size = self.args.per_device_train_batch_size
-        images = self._buffered_inputs[0].get("pixel_values") is not None  # their rows are not those of the batch
+        # Images have rows of their own, which are not the rows of the batch.
+        images = self._buffered_inputs[0].get("pixel_values") is not None
         if len(self._buffered_inputs) > 1 and size % self.num_generations == 0 and not images:
-            self._buffered_inputs = _by_prompt(self._buffered_inputs, size)
+            self._buffered_inputs = _split_by_prompt(self._buffered_inputs, size)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """TRL's, and what the baseline has learned."""
+        """Save TRL's checkpoint, and what the baseline has learned."""
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            torch.save(self.baseline.state_dict(), os.path.join(folder, BASELINE_FILE))
+            save_baseline(self.baseline, os.path.join(folder, BASELINE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """TRL's, and what the baseline had learned; a checkpoint made without it starts it anew."""
+        """Load TRL's part of a checkpoint, and what the baseline had learned; without a file it begins anew."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        path = os.path.join(checkpoint or "", BASELINE_FILE)
-        if checkpoint is not None and os.path.isfile(path):
-            self.baseline.load_state_dict(torch.load(path, weights_only=True))
+        if checkpoint is not None:
+            load_baseline(self.baseline, os.path.join(checkpoint, BASELINE_FILE))
 
-    def _rewards(self, of_functions: Tensor) -> Tensor:
-        """``[B]``: weighted and summed as TRL does it; NaN where no function has scored."""
-        weighted = of_functions * self.reward_weights.to(of_functions.device)
-        rewards: Tensor = weighted.nansum(dim=1).masked_fill(of_functions.isnan().all(dim=1), torch.nan)
+    def _rewards(self, rewards_per_func: Tensor) -> Tensor:
+        """Weight and sum the rewards as TRL does it: ``[B]``, NaN where no function has scored."""
+        weighted = rewards_per_func * self.reward_weights.to(rewards_per_func.device)
+        rewards: Tensor = weighted.nansum(dim=1).masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
         limits = getattr(self, "reward_clip_range", None)
         return rewards if limits is None else rewards.clamp(*limits)
 
 
 def _expect_trainer_after_mixin(cls: type) -> None:
     if not hasattr(cls, "training_step"):
-        return  # a mixin on top of this one
+        return  # the class is a mixin itself, on top of this one
     order = cls.__mro__
     after = order[order.index(OBLRTrainerMixin) + 1 :]
     if any("training_step" in vars(each) for each in order[: order.index(OBLRTrainerMixin)] if each is not cls):
@@ -256,7 +256,7 @@ def _unsupported(cls: type, missing: list[str]) -> RuntimeError:
 
 
 def _expect_rewards_without_kl(config: Any) -> None:
-    if hasattr(config, "normalize_advantages") and config.beta != 0:  # RLOOConfig; GRPO's KL is a part of the loss
+    if hasattr(config, "normalize_advantages") and config.beta != 0:  # an RLOOConfig; GRPO has the KL in the loss
         raise ValueError(
             f"beta={config.beta}: RLOOTrainer subtracts the KL divergence from the rewards where a baseline cannot see "
             "it. Set beta=0.0"
@@ -264,21 +264,22 @@ def _expect_rewards_without_kl(config: Any) -> None:
 
 
 def _replace_last(log: deque[float], values: list[float]) -> None:
-    """What TRL has just appended, or as much of it as the log holds."""
+    """Replace what TRL has just appended, or as much of it as the log holds."""
     for _ in range(min(len(values), len(log))):
         log.pop()
     log.extend(values)
 
 
-def _by_prompt(parts: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
-    """The rows of all micro-batches again, prompts in their shuffled order, but each as a whole."""
-    group = torch.cat([part[GROUP] for part in parts])
-    _, group = torch.unique(group, return_inverse=True)
-    first = torch.full_like(group, len(group)).scatter_reduce(0, group, torch.arange(len(group)).to(group), "amin")
-    order = torch.argsort(first[group], stable=True)
+def _split_by_prompt(parts: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+    """Split the rows of all micro-batches again: prompts stay in their shuffled order, each in one piece."""
+    prompts = torch.cat([part[PROMPT_GROUP] for part in parts])
+    _, prompts = torch.unique(prompts, return_inverse=True)
+    first = torch.full_like(prompts, len(prompts))
+    first = first.scatter_reduce(0, prompts, torch.arange(len(prompts)).to(prompts), "amin")
+    order = torch.argsort(first[prompts], stable=True)
     rows = {name: _joined([part[name] for part in parts]) for name in parts[0]}
     return [
-        {name: _taken(value, indices, len(group)) for name, value in rows.items()}
+        {name: _taken(value, indices, len(prompts)) for name, value in rows.items()}
         for indices in torch.split(order, size)
     ]
 

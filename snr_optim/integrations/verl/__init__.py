@@ -1,8 +1,12 @@
 """The baseline and the learning rate in verl, chosen by its config alone.
 
-``plugin.py`` is what verl loads (entry point ``verl.plugins``); it puts ``trainers.py`` and ``engine.py`` to work
-when verl imports what they change. ``estimators.py`` and ``optimizers.py`` hold what a config names, ``settings.py``
-what a config should not say, and ``python -m snr_optim.integrations.verl check`` looks at it all.
+- ``grad_weighted``, ``oblr_po``: for ``algorithm.adv_estimator`` (``estimators.py``).
+- ``SNRSGD``, ``SNRAdamW``: for ``optim.optimizer`` (``optimizers.py``).
+- ``check_unbiased``: which settings bias the gradient (``settings.py``).
+- ``python -m snr_optim.integrations.verl check``: whether verl and a config will work with all this.
+
+verl loads ``plugin.py`` by the entry point ``verl.plugins``. The plugin waits for the modules of verl that
+``trainers.py`` and ``engine.py`` change, and ``replacing.py`` changes them. None of this imports verl.
 """
 
 from snr_optim.integrations.verl.estimators import grad_weighted as grad_weighted

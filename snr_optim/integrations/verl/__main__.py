@@ -1,4 +1,7 @@
-"""``python -m snr_optim.integrations.verl check [verl's own overrides]``: will it work, and is it unbiased?"""
+"""``python -m snr_optim.integrations.verl check [overrides of main_ppo]``: will it work, and is it unbiased?
+
+Here: the command line, what it asks of the installation, and what it asks of a config.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from typing import Any
 
 import torch
 
-from snr_optim.integrations.verl.estimators import ESTIMATORS, check_estimator
+from snr_optim.integrations.verl.estimators import ESTIMATORS, configured_baseline
 from snr_optim.integrations.verl.settings import ACTOR, check_required, check_unbiased, has_our_optimizer
-from snr_optim.integrations.verl.trainers import ours
+from snr_optim.integrations.verl.trainers import own_estimator
 
 TESTED = "0.9.1"
 
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_installation() -> list[str]:
-    """Prints what is found; returns what is wrong."""
+    """Print what is found, and return what is wrong."""
     problems = []
 
     def say(good: bool, text: str) -> None:
@@ -81,20 +84,20 @@ def check_installation() -> list[str]:
 
 
 def check_config(name: str, overrides: list[str], folder: Path | None = None) -> list[str]:
-    """Composes verl's config and has verl validate it; prints what biases the gradient; returns what cannot work."""
+    """Compose verl's config, let verl validate it, print what biases the gradient, and return what cannot work."""
     from hydra import compose, initialize_config_dir, initialize_config_module
     from hydra.errors import HydraException
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
-    theirs, search = "verl.trainer.config", []
-    if folder is None:  # one or the other: each is initialized when it is made
-        found: Any = initialize_config_module(theirs, version_base=None)
+    verls, search = "verl.trainer.config", []
+    if folder is None:  # hydra allows one of the two, and each is initialized when it is made
+        context: Any = initialize_config_module(verls, version_base=None)
     else:
-        found = initialize_config_dir(str(folder.resolve()), version_base=None)
-        search = [f"hydra.searchpath=[pkg://{theirs}]"]
+        context = initialize_config_dir(str(folder.resolve()), version_base=None)
+        search = [f"hydra.searchpath=[pkg://{verls}]"]
     try:
-        with found:
+        with context:
             config = compose(name, overrides=[*search, *overrides])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # verl's, that there is no critic
@@ -112,19 +115,19 @@ def check_config(name: str, overrides: list[str], folder: Path | None = None) ->
 
 
 def _unknown_names(config: Any) -> list[str]:
-    """Of our estimators' options, and of optimizers and theirs: verl would find them when the run has begun."""
+    """Return estimators, optimizers and options that nobody knows; verl would find them once the run has begun."""
     from omegaconf import OmegaConf
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.config.optimizer import build_optimizer
 
     problems = []
-    name, known = ours(config), importlib.import_module("verl.trainer.ppo.core_algos").ADV_ESTIMATOR_REGISTRY
+    name, known = own_estimator(config), importlib.import_module("verl.trainer.ppo.core_algos").ADV_ESTIMATOR_REGISTRY
     chosen = config.algorithm.adv_estimator
     if chosen not in known:
         problems.append(f"algorithm.adv_estimator={chosen} is unknown to verl: set one of {', '.join(known)}")
     try:
         if name is not None:
-            check_estimator(name, config.algorithm)
+            configured_baseline(name, config.algorithm)
     except ValueError as error:
         problems.append(str(error))
     for role in (ACTOR, "critic"):

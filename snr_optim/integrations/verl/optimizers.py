@@ -1,7 +1,7 @@
 """verl's ``optim.optimizer``: optimizers whose steps are scaled by the signal share of their own batch.
 
-Here: the classes that a config names, by ``optim.optimizer_impl=snr_optim.integrations.verl``. They measure once
-somebody shows them the model, which ``engine.py`` does.
+Here: the classes that a config names, by ``optim.optimizer_impl=snr_optim.integrations.verl``. They measure gradients
+once somebody calls ``attach(model)``, which ``engine.py`` does.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from snr_optim.integrations._ceiling import ScaledSteps, check_options
 
 
-class Measured(torch.optim.Optimizer):
-    """What they share: options, and no step before the gradients are watched. Comes before the class that steps."""
+class MeasuredOptimizer(torch.optim.Optimizer):
+    """What both share: options, and no step before gradients are measured. Mix it in before the class that steps."""
 
     steps: ScaledSteps | None = None
 
@@ -33,7 +33,10 @@ class Measured(torch.optim.Optimizer):
             self.register_step_pre_hook(self._expect_attached)
 
     def attach(self, model: nn.Module) -> ScaledSteps:
-        """Measure the gradients of ``model``, wrapped and sharded already, from now on.
+        """Measure the gradients of a model from now on.
+
+        Args:
+            model: the model, already wrapped and sharded.
 
         Raises:
             RuntimeError: the model is parallelised in a way that cannot be measured, or one is attached already.
@@ -43,7 +46,7 @@ class Measured(torch.optim.Optimizer):
         self.steps = ScaledSteps(self, model, **self._snr)
         return self.steps
 
-    def _expect_attached(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _expect_attached(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.steps is None:
             raise RuntimeError(
                 f"{type(self).__name__}: nobody has called attach(model), so that nothing measures the gradients. "
@@ -51,26 +54,26 @@ class Measured(torch.optim.Optimizer):
             )
 
 
-class SNRAdamW(Measured, torch.optim.AdamW):
-    r"""``torch.optim.AdamW``, each step of which runs at its lr times the signal share of its own batch gradient.
+class SNRAdamW(MeasuredOptimizer, torch.optim.AdamW):
+    r"""``torch.optim.AdamW`` that runs each step at its lr times the signal share of the gradient of its own batch.
 
     .. math::
         \eta_t = \eta_{\max,t} \cdot \frac{S}{S + V}
 
-    See :class:`~snr_optim.SNRAdaptiveLR`. The lr in the optimizer, and so that of schedulers and checkpoints, is the
-    ceiling ``eta_max``.
+    See :class:`~snr_optim.SNRAdaptiveLR`. The lr in the optimizer, which schedulers and checkpoints see, is the ceiling
+    ``eta_max``.
 
     Args:
-        params: parameters, or groups of them.
-        snr: options of :class:`~snr_optim.SNRAdaptiveLR`, but ``schedule``: in verl
+        params: parameters or parameter groups.
+        snr: the options of :class:`~snr_optim.SNRAdaptiveLR`, except ``schedule``. In verl:
             ``optim.override_optimizer_config={snr: {min_factor: 0.05}}``.
-        options: those of AdamW.
+        options: the options of AdamW.
 
     Raises:
-        TypeError: options that :class:`~snr_optim.SNRAdaptiveLR` does not have.
-        RuntimeError: at a step before :meth:`attach`.
+        TypeError: an option that :class:`~snr_optim.SNRAdaptiveLR` does not have.
+        RuntimeError: ``step()`` was called before :meth:`attach`.
     """
 
 
-class SNRSGD(Measured, torch.optim.SGD):
-    """``torch.optim.SGD``, in the same way as :class:`SNRAdamW`: the step of the paper."""
+class SNRSGD(MeasuredOptimizer, torch.optim.SGD):
+    """``torch.optim.SGD`` with steps that are scaled as in :class:`SNRAdamW`: the optimizer of the paper."""

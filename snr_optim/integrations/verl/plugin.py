@@ -1,12 +1,14 @@
-"""What verl loads by the entry point ``verl.plugins``: waits for what it imports, to register and to change.
+"""What verl loads by the entry point ``verl.plugins``.
 
-verl says nothing of a plugin that fails, so this one says it itself.
+Here: which modules of verl are changed when verl imports them. verl does not say when a plugin fails, so this one logs
+it itself.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from types import ModuleType
 
 from snr_optim.integrations.verl.engine import change_fsdp_engine
 from snr_optim.integrations.verl.estimators import ESTIMATORS
@@ -14,13 +16,13 @@ from snr_optim.integrations.verl.replacing import guarded
 from snr_optim.integrations.verl.trainers import change_ray_trainer, change_v1
 
 
-def register_estimators(module: Any) -> None:
-    """``verl.trainer.ppo.core_algos``."""
+def register_estimators(module: ModuleType) -> None:
+    """Register the estimators in ``verl.trainer.ppo.core_algos``."""
     for name, estimator in ESTIMATORS.items():
         module.register_adv_est(name)(estimator)
 
 
-CHANGES = {
+CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "verl.trainer.ppo.core_algos": register_estimators,
     "verl.trainer.ppo.ray_trainer": change_ray_trainer,
     "verl.trainer.ppo.v1.trainer_base": change_v1,
@@ -29,7 +31,7 @@ CHANGES = {
 
 
 def install() -> bool:
-    """Wait for what CHANGES names; False, and a line in the log, without the package that does the waiting."""
+    """Wait for the modules that CHANGES names. Without wrapt, which does the waiting, log a line and return False."""
     try:
         import wrapt
     except ImportError:

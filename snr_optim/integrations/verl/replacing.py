@@ -1,7 +1,8 @@
-"""Putting one function in the place of another, and saying so where that is not possible.
+"""Replacing a function of verl, and saying so where that is not possible.
 
-A version of verl that is laid out differently must go on working for those who do not use us: what does not fit is
-kept in ``problems`` and logged, and whoever needed it says so when it is used.
+Here: ``replace``, and the record of what was and what could not be replaced. A version of verl that is laid out
+differently must go on working for those who do not use this library. So what does not fit is kept in ``problems`` and
+logged, and raises only where somebody needs it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,24 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-problems: dict[str, str] = {}  # by what should have been replaced
+problems: dict[str, str] = {}  # why something was not replaced, by its name
 replaced: list[str] = []
 
 
-def replace(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]], takes: list[str]) -> None:
-    """Put ``make(original)`` in the place of ``owner.name``, which must exist and have these parameters. Once."""
+def replace(
+    owner: ModuleType | type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]], takes: list[str]
+) -> None:
+    """Put ``make(original)`` in the place of ``owner.name``, once.
+
+    Args:
+        owner: the module or the class.
+        name: of the function or method. Where there is none, the problem is recorded and nothing is changed.
+        make: what makes the replacement from the original.
+        takes: parameters that the original must have; the same holds where one is missing.
+    """
     where = f"{getattr(owner, '__module__', '')}.{owner.__name__}.{name}".lstrip(".")
     original = getattr(owner, name, None)
     if original is None:
@@ -33,10 +44,10 @@ def replace(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable
     replaced.append(where)
 
 
-def guarded(change: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A ``change`` of a module whose errors are kept, not raised while verl imports it."""
+def guarded(change: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+    """Return a ``change`` of a module that records its errors instead of raising them while verl imports the module."""
 
-    def changed(module: Any) -> None:
+    def changed(module: ModuleType) -> None:
         try:
             change(module)
         except Exception as error:

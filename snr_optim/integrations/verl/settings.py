@@ -1,6 +1,6 @@
-"""What a config of verl should not say: what cannot work with us, and what biases the gradient.
+"""Which settings of verl cannot work with this library, and which bias the gradient.
 
-Here: two tables, and the functions that read them. They look at a config and need no verl.
+Here: two tables, and the functions that read them. They read a config and do not import verl.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from snr_optim.integrations.verl.estimators import ESTIMATORS, OPTIONS
 ACTOR, ROLLOUT, CORRECTION = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "algorithm.rollout_correction"
 
 
-def has_our_optimizer(config: Any, role: str = ACTOR) -> bool:
-    implementation, name = (_look(config, f"{role}.optim.{each}") for each in ("optimizer_impl", "optimizer"))
+def has_our_optimizer(config: Mapping[str, Any], role: str = ACTOR) -> bool:
+    implementation, name = (_value_of(config, f"{role}.optim.{each}") for each in ("optimizer_impl", "optimizer"))
     return str(implementation).startswith("snr_optim.") or name in ("SNRAdamW", "SNRSGD")
 
 
-def _needs_sum_pi_squared(config: Any) -> bool:
-    options = _look(config, f"algorithm.{OPTIONS}")
+def _needs_sum_pi_squared(config: Mapping[str, Any]) -> bool:
+    options = _value_of(config, f"algorithm.{OPTIONS}")
     kind = "logit" if options in (MISSING, None) else options.get("weights", "logit")
-    return _look(config, "algorithm.adv_estimator") in ESTIMATORS and kind == "logit"
+    return _value_of(config, "algorithm.adv_estimator") in ESTIMATORS and kind == "logit"
 
 
 REQUIRED = [
@@ -47,18 +47,18 @@ REQUIRED = [
     Setting(
         f"{ACTOR}.strategy",
         lambda value, config: value == "fsdp2" or not has_our_optimizer(config),
-        "is no engine whose gradients can be measured",
+        "chooses an engine whose gradients cannot be measured",
         f"{ACTOR}.strategy=fsdp2",
     ),
     Setting(
         "critic.strategy",
         lambda value, config: value == "fsdp2" or not has_our_optimizer(config, "critic"),
-        "is no engine whose gradients can be measured",
+        "chooses an engine whose gradients cannot be measured",
         "critic.strategy=fsdp2",
     ),
     Setting(
         f"{ROLLOUT}.n",
-        lambda value, config: value > 1 or _look(config, "algorithm.adv_estimator") != "oblr_po",
+        lambda value, config: value > 1 or _value_of(config, "algorithm.adv_estimator") != "oblr_po",
         "leaves no other output of the prompt to compare with",
         f"{ROLLOUT}.n=8, or algorithm.adv_estimator=grad_weighted",
     ),
@@ -67,7 +67,7 @@ REQUIRED += [
     Setting(
         name,
         lambda value, config: value in (1, None) or not has_our_optimizer(config),
-        "splits sequences over ranks, whose gradients are no independent sub-batches",
+        "splits sequences over ranks, whose gradients are then not independent sub-batches",
         f"{name}=1",
     )
     for name in (f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size", f"{ACTOR}.ulysses_sequence_parallel_size")
@@ -78,14 +78,14 @@ SETTINGS = [
         f"{ACTOR}.loss_agg_mode",
         lambda value, config: (
             value in ("seq-mean-token-sum", "token-sum")
-            or (value == "seq-mean-token-sum-norm" and _look(config, f"{ACTOR}.loss_scale_factor") is not None)
+            or (value == "seq-mean-token-sum-norm" and _value_of(config, f"{ACTOR}.loss_scale_factor") is not None)
         ),
-        "divides by lengths of outputs, so that the weight of an output depends on what it, or another, is",
+        "divides by lengths of outputs, so that the weight of an output depends on that output, or on others",
         f"{ACTOR}.loss_agg_mode=seq-mean-token-sum",
     ),
     Setting(
         f"{ACTOR}.ppo_mini_batch_size",
-        lambda value, config: value >= _look(config, "data.train_batch_size"),
+        lambda value, config: value >= _value_of(config, "data.train_batch_size"),
         "makes several optimizer steps on one batch: all but the first are off-policy, with clipped ratios",
         f"{ACTOR}.ppo_mini_batch_size to data.train_batch_size",
     ),
@@ -146,7 +146,7 @@ SETTINGS = [
     Setting(
         f"{CORRECTION}.rollout_rs",
         one_of(None),
-        "drops outputs because of what they are",
+        "drops outputs because of their log-probs",
         f"{CORRECTION}.rollout_rs=null",
     ),
     Setting(
@@ -182,32 +182,45 @@ SETTINGS = [
 ]
 
 
-def check_required(config: Any) -> list[str]:
-    """Every setting of a whole verl config with which our estimators or optimizers cannot work.
+def check_required(config: Mapping[str, Any]) -> list[str]:
+    """Name every setting of a whole verl config with which our estimators or optimizers cannot work.
 
     Args:
         config: what verl's ``main_ppo`` is given; settings that it does not have are passed over.
 
     Returns:
-        A sentence for each: name, value, what is wrong, what to set instead.
+        A sentence for each such setting: its name and value, what is wrong with it, and what to set instead.
+
+    Raises:
+        TypeError: ``config`` has none of the settings.
     """
-    return findings(REQUIRED, config, _look)
+    return findings(REQUIRED, config, _value_of)
 
 
-def check_unbiased(config: Any) -> list[str]:
-    """Every setting with which verl's gradient is not, in the mean, that of the expected reward.
+def check_unbiased(config: Mapping[str, Any]) -> list[str]:
+    """Name every setting with which the mean of verl's gradient is not the gradient of the expected reward.
 
-    As :func:`snr_optim.integrations.trl.check_unbiased`, for a whole verl config. What stays is the difference in
-    rounding between the engine that samples and the one that trains.
+    This is :func:`snr_optim.integrations.trl.check_unbiased` for a whole verl config. No setting can change that the
+    engine that samples rounds differently from the one that trains.
+
+    Args:
+        config: what verl's ``main_ppo`` is given; settings that it does not have are passed over.
+
+    Returns:
+        A sentence for each such setting: its name and value, what is wrong with it, and what to set instead.
+
+    Raises:
+        TypeError: ``config`` has none of the settings.
 
     Example:
         >>> check_unbiased({"algorithm": {"filter_groups": {"enable": True}}})[0].partition(": ")[2]
         'set algorithm.filter_groups.enable=False'
     """
-    return findings(SETTINGS, config, _look)
+    return findings(SETTINGS, config, _value_of)
 
 
-def _look(config: Any, name: str) -> Any:
+def _value_of(config: Any, name: str) -> Any:
+    """Follow the dots of a name into the config; MISSING where it ends early."""
     for part in name.split("."):
         if not isinstance(config, Mapping) or part not in config:
             return MISSING
