@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         default = options.get("default")
-        if default is not None and "help" in options and "default" not in options["help"]:
+        if default not in (None, argparse.SUPPRESS) and "help" in options and "default" not in options["help"]:
             options["help"] += " (default: %(default)s)"
         return super().add_argument(*names, **options)
 

@@ -258,3 +258,11 @@ def test_steps_to_a_reward():
 
     assert steps_to(0.5, {"reward": np.array([[0.0, 1.0, 1.0]])}) == 2
     assert steps_to(0.9, {"reward": np.array([[0.0, 1.0, 1.0]])}) is None
+
+
+@pytest.mark.parametrize("example", ["qwen3_arithmetic", "ddp_fsdp"])
+def test_help_names_the_command_and_the_defaults(example):
+    command = [sys.executable, "-m", f"examples.{example}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment())
+    assert done.stdout.startswith(f"usage: python -m examples.{example}")
+    assert done.stdout.count("(default: ") >= 5
