@@ -215,6 +215,18 @@ def test_what_verl_computes_from_logits_gives_weights_near_those_from_logits(sca
     assert torch.allclose(found.float(), reference, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 5e-7, 5e-5), (torch.bfloat16, 0.05, 1.0)])
+def test_verls_sums_are_off_by_as_much_as_the_page_says(dtype, least, most):
+    """The page has 7e-6 and 16 to 61 %; how logsumexp rounds is the machine's business, its order of magnitude not."""
+    worst = 0.0
+    for scale in (1.0, 3.0, 6.0):
+        logits = (scale * torch.randn(50, 32_000, generator=torch.Generator().manual_seed(0)) + 10).bfloat16()
+        exact = logits.double().softmax(-1).square().sum(-1)
+        found = verl_functional.calculate_sum_pi_squared_from_logits(logits.to(dtype))
+        worst = max(worst, float((found / exact - 1).abs().max()))
+    assert least < worst < most
+
+
 def test_a_token_that_is_not_finite_has_no_weight_that_is():
     nan, half = torch.tensor([math.nan]), torch.tensor([0.5])
     assert estimators.token_grad_norms(nan, half).isnan().all()

@@ -146,7 +146,7 @@ SETTINGS = [
     Setting(
         f"{CORRECTION}.rollout_rs",
         one_of(None),
-        "drops outputs because of their log-probs",
+        "drops outputs whose log-probs differ between rollout and training",
         f"{CORRECTION}.rollout_rs=null",
     ),
     Setting(
