@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from snr_optim import GradWeightedBaseline
+from snr_optim.grad_norms import chosen_token_grad_norms
 
 DECAY = 0.99  # a group at a time: the pool is about the last hundred groups
 
@@ -60,8 +61,7 @@ def gradient_weight(trace: Any) -> float:
                     f"{trace.id!r}, got {len(node.logprobs)}"
                 )
             log_probs += node.logprobs
-    others = torch.expm1(torch.tensor(log_probs, dtype=torch.float64).clamp_max(0))  # -(1 - p), also where p -> 1
-    return float(others.square().sum())
+    return float(chosen_token_grad_norms(torch.tensor(log_probs, dtype=torch.float64)).sum())
 
 
 def group_advantages(baseline: GradWeightedBaseline, traces: list[Any]) -> list[float]:
