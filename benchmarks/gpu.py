@@ -337,6 +337,8 @@ def main() -> None:
     results = out / results_folder(device)
     put_back(kept, results)
     previous = signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell's script
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # or every command would ignore it, too
     try:
         for row in run_all(todo, results, work, device, args.limit, args.within):
             state.add(row)
