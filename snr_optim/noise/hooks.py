@@ -57,6 +57,7 @@ class LeafHooks:
         self._handles += handles
 
     def remove(self) -> None:
+        """Take all of them off, for good."""
         for handle in self._handles:
             handle.remove()
         for guard in self._guards.values():
@@ -64,6 +65,8 @@ class LeafHooks:
         self._handles.clear()
         self._latest.clear()
         self._guards.clear()
+        # Whoever is called holds the parameters, and us: without this they would wait for the garbage collector.
+        self._on_gradient = self._norm_of_grad = self._on_change = _nobody
 
     def keep_order(self, arriving: int, parameters: list[Tensor]) -> bool:
         """Go behind hooks on gradients, and around hooks on ``.grad``, that others have registered meanwhile.
@@ -125,3 +128,7 @@ class PostAccumulateGuard:
     def _after(self, parameter: Tensor) -> None:
         before, self._norm = self._norm, None
         self._on_change(before, self._norm_of_grad(parameter))
+
+
+def _nobody(*_: Any) -> None:
+    raise RuntimeError("the hooks were removed")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -316,6 +318,20 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="2 processes"):
         AccumulationSource(nn.Linear(1, 1))
+
+
+def test_a_source_that_was_removed_goes_without_the_garbage_collector():
+    """As it holds the parameters, which may be most of the memory of a device."""
+    source = AccumulationSource(nn.Linear(2, 2))
+    parameter = weakref.ref(source._gradients.parameters[0])
+    source._gradients.model(torch.ones(1, 2)).sum().backward()
+    source.remove()
+    gc.disable()
+    try:
+        del source
+        assert parameter() is None
+    finally:
+        gc.enable()
 
 
 def test_no_gradient_is_kept():
