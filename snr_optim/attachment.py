@@ -11,6 +11,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ class Attachment:
         self.moments: GradientMoments | None = None
         self._warned = self._warned_never_stepped = False
 
-    def sub_batch(self, size: float) -> Any:
+    def sub_batch(self, size: float) -> AbstractContextManager[None]:
         """``with handle.sub_batch(size=n): loss.backward()`` states the size of an unequal micro-batch.
 
         The loss must be scaled like the others: a sum over its prompts over one number for the whole batch. Means of
@@ -102,7 +103,7 @@ class Attachment:
     @property
     def dropped(self) -> int:
         """Batches whose gradients were cleared without a step, since the last step."""
-        return self._source.dropped
+        return self._source.dropped + self._source.was_cleared()
 
     def warn_if_never_stepped(self) -> None:
         """Say once that gradients come and go, and ``optimizer.step()`` is never called."""

@@ -171,8 +171,8 @@ class SNRAdaptiveLR(LRScheduler):
         one ``backward()`` per step on one rank the noise is unknown, and the factor stays as it is.
 
         A backward pass that reaches none of the optimizer's parameters is not seen: state it as an empty
-        ``sub_batch``. A closure is measured every time that the optimizer calls it. While attached, do not call
-        :meth:`observe` for the same batches too.
+        ``sub_batch``. A closure is measured every time that the optimizer calls it. Moments come by another way than
+        :meth:`observe`, which is not called, and is not to be called for the same batches too.
 
         Args:
             model: holds the parameters of the optimizer. Wrap, shard and prepare it first.
@@ -212,24 +212,26 @@ class SNRAdaptiveLR(LRScheduler):
         parts = [moments] if isinstance(moments, GradientMoments) else moments
         if not isinstance(parts, Sequence) or not all(isinstance(part, GradientMoments) for part in parts):
             raise TypeError(f"moments: expected GradientMoments, or one for each group, got {type(moments).__name__}")
-        self._adopt_new_groups()
-        groups = len(self.optimizer.param_groups)
-        if len(parts) != groups and (self.per_group or parts is moments):
-            raise ValueError(f"moments: expected one for each of the {groups} parameter groups, got {len(parts)}")
-        self._fold_in(moments if isinstance(moments, GradientMoments) else GradientMoments.of_parts(parts), parts)
+        whole = moments if isinstance(moments, GradientMoments) else GradientMoments.of_parts(parts)
+        self._fold_in(whole, parts, one_each=self.per_group or parts is moments)
 
     def _take_over(self, batch: MeasuredBatch) -> None:
         """A step of the optimizer begins, and ``attach()`` has measured its batch."""
         self._dropped += batch.dropped
-        self._adopt_new_groups()
-        self._fold_in(batch.whole, batch.by_parameter_group)
+        self._fold_in(batch.whole, batch.by_parameter_group, one_each=True)
         overwritten = self.last_epoch >= 0 and not self._in_charge()
         # A single step may be at another lr: torch.distributed.checkpoint makes an optimizer's state by one of lr 0.
         if overwritten and self._overwritten_before and not self._in_sequence:
             self._warn_if_overwritten()
         self._overwritten_before = overwritten
 
-    def _fold_in(self, whole: GradientMoments, by_parameter_group: Sequence[GradientMoments]) -> None:
+    def _fold_in(
+        self, whole: GradientMoments, by_parameter_group: Sequence[GradientMoments], *, one_each: bool
+    ) -> None:
+        self._adopt_new_groups()
+        groups, given = len(self.optimizer.param_groups), len(by_parameter_group)
+        if one_each and given != groups:
+            raise ValueError(f"moments: expected one for each of the {groups} parameter groups, got {given}")
         self._observed = True
         before = self._averages.observations
         self._averages.update(whole)
@@ -387,8 +389,14 @@ class SNRAdaptiveLR(LRScheduler):
         A ``SequentialLR`` starts its children anew, when it has put the ``initial_lr`` of all groups back.
         """
         self._in_sequence = self._at_construction is None
-        added = [group["initial_lr"] for group in self.optimizer.param_groups[len(self._initial_lrs) :]]
-        self.base_lrs = copies_of(self._initial_lrs + added if self._at_construction is None else self._at_construction)
+        if self._at_construction is not None:
+            self.base_lrs = copies_of(self._at_construction)
+            return
+        initial = [group["initial_lr"] for group in self.optimizer.param_groups]
+        for number, (lr, live) in enumerate(zip(self._initial_lrs, lrs_of(self.optimizer), strict=False)):
+            if isinstance(live, Tensor) and initial[number] is live:  # which torch 2.6 has overwritten
+                initial[number] = lr
+        self.base_lrs = copies_of(initial)
 
     def _update_lr(self, epoch: int | None = None) -> None:
         """What ``SequentialLR`` calls, instead of ``step()``, to hand over to this scheduler."""

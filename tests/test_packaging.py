@@ -11,8 +11,10 @@ from paths import ROOT
 
 
 def python(code, cwd, **environment):
+    """In a process that finds the packages of this checkout, unless it is told to look elsewhere."""
+    paths = {"PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={"PATH": "", **environment})
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**paths, **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -12,7 +12,7 @@ from snr_kernels.lm_head import (
     linear_logprob_stats,
     linear_logprob_stats_reference,
 )
-from snr_kernels.logprob_stats import LogprobStats, logprob_stats, logprob_stats_reference
+from snr_kernels.logprob_stats import IGNORE_INDEX, LogprobStats, logprob_stats, logprob_stats_reference
 from snr_kernels.norm_embedding_grad_norms import (
     embedding_grad_norms,
     embedding_grad_norms_reference,
@@ -22,6 +22,7 @@ from snr_kernels.norm_embedding_grad_norms import (
 from snr_kernels.segments import Segments
 
 __all__ = [
+    "IGNORE_INDEX",
     "HeadGradNorms",
     "LogprobStats",
     "Segments",

@@ -32,21 +32,25 @@ _ANCHOR = torch.empty(0, requires_grad=True)  # autograd makes a node only where
 
 
 class AutocastCopies:
-    """Copies of inputs in the precision of autocast: layers that were given the same input share one copy."""
+    """Copies of inputs in the precision of autocast: layers that were given the same input share one copy.
+
+    It keeps no copy alive: what the graph does not hold any more has gone.
+    """
 
     def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+        self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
 
     def of(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor in ``dtype``, as autocast brings it there: float64 stays as it is."""
         if tensor.dtype == dtype or tensor.dtype == torch.float64:
             return tensor
         if self._last is not None:
-            source, version, copied = self._last
-            if source() is tensor and version == tensor._version and copied.dtype == dtype:
-                return copied
+            source, version, last = self._last
+            known = last()
+            if known is not None and source() is tensor and version == tensor._version and known.dtype == dtype:
+                return known
         copied = tensor.detach().to(dtype)
-        self._last = (weakref.ref(tensor), tensor._version, copied)
+        self._last = (weakref.ref(tensor), tensor._version, weakref.ref(copied))
         return copied
 
 

@@ -53,6 +53,9 @@ class AccumulationSource:
     and does not count. What other hooks on a parameter make of its gradient, whenever they were registered, is what is
     measured, as it is what is added to ``.grad``.
 
+    **Several processes**: under DDP and ``fully_shard`` every backward pass of every rank is a sub-batch, and
+    :meth:`moments` ends with one all-reduce of a few numbers: every rank must call it equally often.
+
     Args:
         model: its parameters that require grad now are watched; no change to model or loss.
         param_groups: the parameters to watch instead, in groups; :meth:`parameter_group_moments` tells them apart.
@@ -60,7 +63,9 @@ class AccumulationSource:
 
     Raises:
         ValueError: no parameter requires grad.
-        RuntimeError: parameters are sharded (DTensor).
+        RuntimeError: the model is parallelised in a way that cannot be measured (FSDP1, tensor or pipeline
+            parallelism), or several processes run and the model is neither in ``DistributedDataParallel`` nor sharded
+            by ``fully_shard``.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -123,8 +128,6 @@ class AccumulationSource:
         """
         if not 0 < size < float("inf"):
             raise ValueError(f"size: expected a positive number of prompts, or a share, got {size!r}")
-        if not self._tracker.hooks:
-            raise RuntimeError("sub_batch: the source was removed")
         self._tracker.begin_stated(float(size))
         try:
             yield
@@ -134,8 +137,12 @@ class AccumulationSource:
 
     @property
     def dropped(self) -> int:
-        """Batches whose ``.grad`` was cleared, since :meth:`take_dropped`."""
-        return self._tracker.dropped + self._tracker.was_cleared()
+        """Batches that were dropped, as their ``.grad`` was cleared, since :meth:`take_dropped`."""
+        return self._tracker.dropped
+
+    def was_cleared(self) -> bool:
+        """Whether a ``.grad`` has gone since the last backward pass, so that the batch will be dropped."""
+        return self._tracker.was_cleared()
 
     def take_dropped(self) -> int:
         """Their number, which begins anew; after :meth:`moments`, which has settled whether there is one more."""

@@ -108,8 +108,11 @@ class ReplicatedGradients(DataParallelGradients):
 
     replicated = True
 
+    def __init__(self, model: nn.Module, parameters: list[Tensor]) -> None:
+        self._wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        super().__init__(model, parameters)
+
     def expect_supported(self) -> None:
-        self._wrappers = [m for m in self.model.modules() if isinstance(m, DistributedDataParallel)]
         for wrapper in self._wrappers:
             _expect_all_ranks(dist.get_world_size(wrapper.process_group))
         reduced = {
@@ -162,11 +165,14 @@ class ShardedGradients(DataParallelGradients):
 
     replicated = False
 
+    def __init__(self, model: nn.Module, parameters: list[Tensor]) -> None:
+        self._sharded = [m for m in model.modules() if is_fully_shard(m)]
+        self._whole: dict[int, Tensor] = {}  # by parameter, the whole one that its hook is on
+        super().__init__(model, parameters)
+
     def expect_supported(self) -> None:
         for p in self.parameters:
             _expect_only_fully_shard(p)
-        self._sharded = [m for m in self.model.modules() if is_fully_shard(m)]
-        self._whole: dict[int, Tensor] = {}  # by parameter, the whole one that its hook is on
 
     def watch(self, watch_leaf: Callable[[int, Tensor], None]) -> list[RemovableHandle]:
         index_of = {id(p): index for index, p in enumerate(self.parameters)}

@@ -37,7 +37,7 @@ class LocalGradients:
         parameters: those that are watched.
 
     Raises:
-        RuntimeError: the model is parallelised in another way.
+        RuntimeError: the parameters are sharded.
     """
 
     grad_is_what_arrived = True  # after the first backward pass of a batch, so that they can be compared
@@ -51,7 +51,7 @@ class LocalGradients:
     def expect_supported(self) -> None:
         """Raise a RuntimeError that says why the parameters cannot be watched, if they cannot."""
         if any(hasattr(p, "placements") for p in self.parameters):
-            raise RuntimeError("model: sharded (DTensor) parameters are not supported by AccumulationSource")
+            raise RuntimeError("model: its parameters are DTensors, but not of fully_shard: that is not supported")
 
     def watch(self, watch_leaf: Callable[[int, Tensor], None]) -> list[RemovableHandle]:
         """Call ``watch_leaf(index, leaf)`` for the leaf of each parameter, now or in the forward pass that makes it.

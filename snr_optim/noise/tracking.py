@@ -194,10 +194,12 @@ class BatchTracker:
         """Open a sub-batch of a stated size.
 
         Raises:
-            RuntimeError: the previous one is still open.
+            RuntimeError: the previous one is still open, or the hooks were removed.
         """
         if self._stated_size is not None:
             raise RuntimeError("sub_batch: the previous sub-batch is still open")
+        if not self.hooks:
+            raise RuntimeError("sub_batch: the source was removed")
         if self._running:  # a pass failed: whether it was cleared away, the norm of .grad tells in the next batch
             self.on_cleared()
         self._close()

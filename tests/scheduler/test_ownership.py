@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from snr_optim import GradientMoments, SNRAdaptiveLR
@@ -326,6 +326,36 @@ def test_another_child_of_a_sequential_lr_is_not_reported():
             optimizer.step()
             both.step()
             optimizer.zero_grad()
+
+
+def test_in_a_sequence_the_ceiling_is_the_initial_lr_that_the_sequence_puts_back():
+    """A checkpoint of the optimizer may have brought another than that at construction; never a larger rate."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = SNRAdaptiveLR(optimizer)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0].update(lr=0.25, initial_lr=0.25)
+    optimizer.load_state_dict(saved)
+    both = SequentialLR(optimizer, [ConstantLR(optimizer, factor=1.0), scheduler], milestones=[2])
+    lrs = []
+    for _ in range(4):
+        optimizer.step()
+        both.step()
+        lrs.append(optimizer.param_groups[0]["lr"])
+    assert lrs == [0.25] * 4
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_behind_a_warm_up_the_ceiling_is_that_before_the_warm_up(tensor_lr):
+    """Also in torch 2.6, where a SequentialLR makes initial_lr the live tensor, which the warm-up overwrites."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=torch.tensor(1.0) if tensor_lr else 1.0)
+    warm_up, scheduler = ConstantLR(optimizer, factor=0.5, total_iters=5), SNRAdaptiveLR(optimizer)
+    both = SequentialLR(optimizer, [warm_up, scheduler], milestones=[2])
+    lrs = []
+    for _ in range(4):
+        optimizer.step()
+        both.step()
+        lrs.append(float(optimizer.param_groups[0]["lr"]))
+    assert lrs == [0.5, 1.0, 1.0, 1.0]
 
 
 def test_an_observation_that_is_refused_does_not_count_as_one():

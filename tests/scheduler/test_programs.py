@@ -137,11 +137,11 @@ def unequal_weights(monkeypatch):
 def factor_that_lags_one_step(monkeypatch):
     fold_in = SNRAdaptiveLR._fold_in
 
-    def late(self, whole, by_parameter_group):
+    def late(self, whole, by_parameter_group, *, one_each):
         last = self.__dict__.get("_lagging")
         self._lagging = whole, by_parameter_group
         if last is not None and len(last[1]) == len(by_parameter_group):
-            fold_in(self, *last)
+            fold_in(self, *last, one_each=one_each)
 
     monkeypatch.setattr(SNRAdaptiveLR, "_fold_in", late)
 
@@ -150,9 +150,9 @@ def lr_that_lags_one_step(monkeypatch):
     """The statistics are right, and written by step() only: after the optimizer's."""
     fold_in, write = SNRAdaptiveLR._fold_in, SNRAdaptiveLR._write_lr
 
-    def silent(self, whole, by_parameter_group):
+    def silent(self, whole, by_parameter_group, *, one_each):
         monkeypatch.setattr(SNRAdaptiveLR, "_write_lr", lambda self: None)
-        fold_in(self, whole, by_parameter_group)
+        fold_in(self, whole, by_parameter_group, one_each=one_each)
         monkeypatch.setattr(SNRAdaptiveLR, "_write_lr", write)
 
     monkeypatch.setattr(SNRAdaptiveLR, "_fold_in", silent)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from snr_kernels.logprob_stats._torch import FAR_BELOW
+from snr_kernels.logprob_stats.paths import FAR_BELOW
 
 
 class PartialSoftmax(NamedTuple):

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from snr_kernels.checks import expect_integers
-from snr_kernels.dispatch import Impl, runs_triton
-from snr_kernels.logprob_stats import _torch as logprob_stats_torch
+from snr_kernels.dispatch import Impl
+from snr_kernels.logprob_stats.paths import path_of
 from snr_kernels.logprob_stats.results import IGNORE_INDEX, temperature_tensor
 from snr_kernels.precision import exact_dtype
 from snr_kernels.products import multiply
@@ -114,11 +114,7 @@ class Head:
 
     def path(self) -> ModuleType:
         """That of `logprob_stats` for the slabs."""
-        if not runs_triton(self.options.impl, self.hidden.new_empty(0, dtype=self.options.slab_dtype)):
-            return logprob_stats_torch
-        from snr_kernels.logprob_stats import _triton as logprob_stats_triton
-
-        return logprob_stats_triton
+        return path_of(self.options.impl, self.hidden.new_empty(0, dtype=self.options.slab_dtype))
 
     def tiles(self, whole_rows: bool = False) -> list[Tile]:
         """The slabs, in the order of the forward pass: rows within columns.

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from snr_kernels.checks import expect_integers, expect_names
-from snr_kernels.dispatch import Impl, runs_triton
-from snr_kernels.logprob_stats import _torch
+from snr_kernels.dispatch import Impl
+from snr_kernels.logprob_stats.paths import path_of
 from snr_kernels.logprob_stats.results import IGNORE_INDEX, LogprobStats, temperature_tensor
 from snr_kernels.precision import exact_dtype
 
@@ -100,14 +99,6 @@ def logprob_stats(
 _ARGUMENTS = "Tensor logits, Tensor labels, Tensor temperature, int ignore_index"
 
 
-def _path(impl: str, logits: Tensor) -> ModuleType:
-    if not runs_triton(cast("Impl", impl), logits):  # torch hands a str over; an unknown one is refused there
-        return _torch
-    from snr_kernels.logprob_stats import _triton
-
-    return _triton
-
-
 def as_rows(x: Tensor) -> Tensor:
     """``[..., V]`` as ``[outer, inner, V]`` with last stride 1: a view, unless the strides allow none."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
@@ -145,7 +136,7 @@ def _forward(
     that neither large logits nor low temperatures cost the gradient any digits; and ``1 - p_y``.
     """
     results = _empty_results(labels, temperature, entropy, squares)
-    path, arguments = _path(impl, logits), _as_rows(logits, labels, temperature)
+    path, arguments = path_of(cast("Impl", impl), logits), _as_rows(logits, labels, temperature)
     path.forward(*arguments, ignore_index, [result.view(-1) for result in results], entropy, squares)
     return results
 
@@ -176,7 +167,7 @@ def _backward(
     gradients: list[Tensor | None],
     impl: str,
 ) -> Tensor:
-    path, arguments = _path(impl, logits), _as_rows(logits, labels, temperature)
+    path, arguments = path_of(cast("Impl", impl), logits), _as_rows(logits, labels, temperature)
     known, given = [_flat(result) for result in results], [None if g is None else g.reshape(-1) for g in gradients]
     gradient: Tensor = path.backward(*arguments, ignore_index, known, given)
     return gradient.view(logits.shape)
