@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -24,6 +25,12 @@ if settings is not None:
     settings.register_profile("repeat", deadline=None, derandomize=True)
     settings.load_profile("repeat")
 
+
+# Inductor keeps graphs that it has vectorized for one kind of CPU, and does not look whether it is another one now.
+capability = os.environ.get("ATEN_CPU_CAPABILITY")
+if capability is not None:
+    own = Path(tempfile.gettempdir()) / f"snr_optim_inductor_{os.getuid()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own))
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # cores are shared with the other workers, and what they start
     share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
