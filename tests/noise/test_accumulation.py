@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from gradients import Blocks, explicit_gradients, is_invalid, tied_model
+from gradients import Blocks, OutOfMemory, explicit_gradients, is_invalid, tied_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -249,19 +249,10 @@ def test_what_was_in_grad_before_is_noticed():
 
 
 def test_a_backward_pass_that_fails_does_not_spoil_the_next_batch():
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            raise MemoryError
-
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
     source = AccumulationSource(model)
     with pytest.raises(MemoryError):
-        model[1](Fails.apply(model[0](torch.ones(1, 1)))).sum().backward()
+        model[1](OutOfMemory.apply(model[0](torch.ones(1, 1)))).sum().backward()
     model.zero_grad()
     for _ in range(2):
         model(torch.ones(1, 1)).sum().backward()
@@ -270,7 +261,7 @@ def test_a_backward_pass_that_fails_does_not_spoil_the_next_batch():
     assert float(moments.noise) == pytest.approx(0.0, abs=1e-6)
     model.zero_grad()
     with pytest.raises(MemoryError):
-        model[1](Fails.apply(model[0](torch.ones(1, 1)))).sum().backward()
+        model[1](OutOfMemory.apply(model[0](torch.ones(1, 1)))).sum().backward()
     with pytest.warns(UserWarning, match="half-way"):  # caught by the user, and stepped all the same
         assert math.isnan(source.moments().mean_of_sq_norms)
 

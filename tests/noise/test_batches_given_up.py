@@ -8,19 +8,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from gradients import OutOfMemory
 from torch import nn
 
 from snr_optim import GradientMoments, SNRAdaptiveLR
-
-
-class OutOfMemory(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise MemoryError
 
 
 class Run:

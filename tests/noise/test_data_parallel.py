@@ -25,9 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no
     ],
 )  # fmt: skip
 def test_every_rank_gets_what_one_process_gets(case, processes):
-    if case in ("fsdp", "hsdp", "fsdp_divide_factor", "per_sample_fsdp", "causal_lm") and torch.__version__.startswith(
-        "2.6"
-    ):
+    if case in FULLY_SHARDED and torch.__version__.startswith("2.6"):
         pytest.skip("fully_shard of torch 2.6 does not run on a CPU")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(

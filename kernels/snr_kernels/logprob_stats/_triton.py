@@ -360,7 +360,7 @@ def forward(
     squares: bool,
     splits: int | None = None,
 ) -> None:
-    """As `logprob_stats_torch.forward`, with each row in ``splits`` slices; by default as many as suit the device."""
+    """As `_torch.forward`, with each row in ``splits`` slices; by default as many as suit the device."""
     outer, inner, vocab = logits.shape
     rows = outer * inner
     if rows == 0:
@@ -386,7 +386,7 @@ def backward(
     gradients: Sequence[Tensor | None],
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `logprob_stats_torch.backward`; in place too, as each program reads its logits before it writes there."""
+    """As `_torch.backward`; in place too, as each program reads its logits before it writes there."""
     outer, inner, vocab = logits.shape
     gradient = torch.empty(logits.shape, device=logits.device, dtype=logits.dtype) if out is None else out
     if gradient.numel() == 0:
